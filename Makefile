@@ -1,0 +1,29 @@
+# make demo and make test need Python >= 3.11 and nothing else; each creates .venv on first use.
+# PIP_INSTALL_TORCH names what to install PyTorch with, e.g. the CPU build (see README).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed
+	$(BIN)/vse demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	for script in benchmarks/loss.py benchmarks/evaluation.py; do $(BIN)/python $$script || exit 1; done
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo runs

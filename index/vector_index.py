@@ -1,0 +1,235 @@
+"""One small protocol for vector indexes, and the two that search exhaustively."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import faiss
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from index.errors import GalleryError
+from index.files import replacing
+
+_BLOCK_ELEMENTS = 1 << 18
+"""Gallery elements that an order scan handles at once: 1 MiB of float32, so temporaries stay in cache."""
+
+
+class SearchHits(NamedTuple):
+    """The best vectors per query, best first; rows with fewer than ``k`` hits end in ``-inf`` and ``-1``.
+
+    Attributes:
+        scores: float32 ``(Q, k)``, higher is better.
+        ids: int64 ``(Q, k)``.
+    """
+
+    scores: NDArray[np.float32]
+    ids: NDArray[np.int64]
+
+
+class VectorIndex(Protocol):
+    """Vectors under stable external ids.
+
+    Several threads may search at once, but none while another adds or removes.
+    """
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of a vector."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of vectors."""
+        ...
+
+    def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        """Add vectors under new ids: all of them, or none if one cannot be.
+
+        Args:
+            ids: int64 ``(N,)``, not negative, each new to the index.
+            vectors: float32 ``(N, D)``.
+
+        Raises:
+            GalleryError: If an id is negative or taken, a vector is not finite, or shapes disagree.
+        """
+        ...
+
+    def remove(self, ids: NDArray[np.int64]) -> int:
+        """Remove those of the ids, int64 ``(N,)``, that are here; returns how many were."""
+        ...
+
+    def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
+        """Find the ``k`` best vectors for each query.
+
+        Args:
+            queries: float32 ``(Q, D)``.
+            k: Hits per query, at least 1.
+            allowed: int64 ``(M,)``; only these ids may be found. None allows all, an empty array none.
+
+        Raises:
+            GalleryError: If ``k`` is below 1, a query is not finite, or shapes disagree.
+        """
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the index to one file, replacing it as a whole."""
+        ...
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            GalleryError: If the file is missing, damaged, or holds another kind of index.
+        """
+        ...
+
+
+def as_rows(vectors: ArrayLike, dim: int, name_row: Callable[[int], str]) -> NDArray[np.float32]:
+    """Finite, contiguous float32 ``(N, dim)`` from what a caller gave.
+
+    Raises:
+        GalleryError: If the shape is another, or a row ``n`` is not finite; ``name_row(n)`` names it.
+    """
+    rows = np.ascontiguousarray(vectors, dtype=np.float32)
+    if rows.ndim != 2 or rows.shape[1] != dim:
+        raise GalleryError(f"vectors of shape {rows.shape} where (N, {dim}) is needed; use the same encoder")
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        raise GalleryError(f"{name_row(int(bad[0]))}: its vector is not finite; encode it again or leave it out")
+    return rows
+
+
+class _FlatIndex:
+    """Uncompressed vectors in row order; what :class:`ExactIndex` and :class:`OrderIndex` have in common."""
+
+    _faiss_metric: ClassVar[int]
+
+    def __init__(self, dim: int) -> None:
+        self._index: Any = faiss.IndexIDMap2(faiss.IndexFlat(dim, self._faiss_metric))
+
+    @property
+    def dim(self) -> int:
+        return int(self._index.d)
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        ids = np.ascontiguousarray(ids, dtype=np.int64)
+        rows = as_rows(vectors, self.dim, lambda row: f"id {ids[row]}")
+        if ids.shape != (len(rows),):
+            raise GalleryError(f"ids of shape {ids.shape} for {len(rows)} vectors; give one id per vector")
+        unique, counts = np.unique(ids, return_counts=True)
+        refused = unique[(unique < 0) | (counts > 1) | np.isin(unique, self._ids())]
+        if len(refused):
+            raise GalleryError(f"id {refused[0]} is negative or taken; remove the old vector or use a new id")
+        self._index.add_with_ids(rows, ids)
+
+    def remove(self, ids: NDArray[np.int64]) -> int:
+        return int(self._index.remove_ids(np.ascontiguousarray(ids, dtype=np.int64)))
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as file:
+            faiss.write_index(self._index, file.name)  # faiss wants a name; it reopens the same file
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        try:
+            stored = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise GalleryError(f"{path}: missing or damaged index; build it again") from error
+        flat = faiss.downcast_index(stored.index) if isinstance(stored, faiss.IndexIDMap2) else None
+        if not isinstance(flat, faiss.IndexFlat) or flat.metric_type != cls._faiss_metric:
+            raise GalleryError(f"{path}: holds another kind of index than {cls.__name__}; build it again")
+        loaded = cls(stored.d)
+        loaded._index = stored
+        return loaded
+
+    def _ids(self) -> NDArray[np.int64]:
+        """Ids in row order, int64 ``(N,)``."""
+        ids: NDArray[np.int64] = faiss.vector_to_array(self._index.id_map)
+        return ids
+
+    def _rows(self) -> NDArray[np.float32]:
+        """The vectors themselves, float32 ``(N, D)``: a view that lasts until the next add or remove."""
+        flat: Any = faiss.downcast_index(self._index.index)
+        rows: NDArray[np.float32] = faiss.rev_swig_ptr(flat.get_xb(), len(self) * self.dim)
+        return rows.reshape(-1, self.dim)
+
+    def _checked_queries(self, queries: NDArray[np.float32], k: int) -> NDArray[np.float32]:
+        if k < 1:
+            raise GalleryError(f"k is {k}; ask for at least 1 hit")
+        return as_rows(queries, self.dim, "query {}".format)
+
+
+class ExactIndex(_FlatIndex):
+    """Exhaustive search by inner product, which for unit vectors is cosine similarity.
+
+    Equal scores come lower id first; which of several that tie for the last place are kept is left open.
+    """
+
+    _faiss_metric = faiss.METRIC_INNER_PRODUCT
+
+    def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
+        """Find the vectors of largest inner product; see :meth:`VectorIndex.search`."""
+        queries = self._checked_queries(queries, k)
+        parameters: Any = faiss.SearchParameters()
+        selector = None if allowed is None else faiss.IDSelectorBatch(np.asarray(allowed, np.int64))
+        parameters.sel = selector
+        scores, ids = self._index.search(queries, k, params=parameters)
+        scores[ids < 0] = -np.inf
+        order = np.lexsort((ids, -scores), axis=1)
+        return SearchHits(np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1))
+
+
+class OrderIndex(_FlatIndex):
+    """Exhaustive search by order similarity, images in the gallery and captions as queries.
+
+    ``s(i, c) = -||max(0, c - i)||_2`` is 0 where the image lies above its caption in every dimension
+    (Vendrov et al. 2016, "Order-Embeddings of Images and Language", section 3). Ties are broken by lower
+    id. Besides the hits, a search needs memory for one score per vector and one block of the gallery.
+    """
+
+    # The scan below has its own similarity; L2 only tells a saved OrderIndex from an ExactIndex.
+    _faiss_metric = faiss.METRIC_L2
+
+    def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
+        """Find the images that lie furthest above each caption; see :meth:`VectorIndex.search`."""
+        queries = self._checked_queries(queries, k)
+        ids = self._ids()
+        chosen = None if allowed is None else np.flatnonzero(np.isin(ids, allowed))
+        ids = ids if chosen is None else ids[chosen]
+        hits = SearchHits(np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
+        squared = np.empty(len(ids), np.float32)
+        for query, best_scores, best_ids in zip(queries, *hits, strict=True):
+            for rows, block in self._blocks(chosen):
+                gap = np.subtract(query, block)  # (B, D)
+                np.maximum(gap, 0, out=gap)
+                np.einsum("bd,bd->b", gap, gap, out=squared[rows])
+            scores = 0 - np.sqrt(squared)
+            best = _best(scores, ids, k)
+            best_scores[: len(best)], best_ids[: len(best)] = scores[best], ids[best]
+        return hits
+
+    def _blocks(self, chosen: NDArray[np.intp] | None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Chosen rows of the gallery, a cacheful ``(B, D)`` at a time, and where they stand among them."""
+        gallery = self._rows()
+        step = max(1, _BLOCK_ELEMENTS // self.dim)
+        for start in range(0, len(gallery) if chosen is None else len(chosen), step):
+            rows = slice(start, start + step)
+            yield rows, gallery[rows if chosen is None else chosen[rows]]
+
+
+def _best(scores: NDArray[np.float32], ids: NDArray[np.int64], k: int) -> NDArray[np.intp]:
+    """Positions of the ``k`` best scores, best first, ties by lower id."""
+    kept = np.arange(len(scores))
+    if k < len(scores):
+        kept = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    return kept[np.lexsort((ids[kept], -scores[kept]))][:k]
+
+
+METRICS: dict[str, type[ExactIndex] | type[OrderIndex]] = {"cosine": ExactIndex, "order": OrderIndex}
+"""The exact index of each similarity that a gallery can be searched by."""

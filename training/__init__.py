@@ -1,0 +1,1 @@
+"""Learning and judging image–caption embeddings: data, models, losses, evaluation, trainer."""

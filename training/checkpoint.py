@@ -1,0 +1,74 @@
+"""The state of a run in one safetensors file: written whole or not at all, and nothing to unpickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from training.errors import InputError
+from training.files import write_with
+
+
+def save_state(path: Path, tensors: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> None:
+    """Write groups of tensors (``model``, ``optimizer``, …), all random states, and a JSON record.
+
+    Args:
+        path: Replaced only when the new state is complete.
+        tensors: ``{group: {name: tensor}}``.
+        record: JSON values: step, epoch, best score, …
+    """
+    flat = {f"{group}/{name}": tensor for group, named in tensors.items() for name, tensor in named.items()}
+    flat["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        flat["random/cuda"] = torch.cuda.get_rng_state()
+    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in flat.items()}
+    write_with(path, lambda name: save_file(contiguous, name, metadata={"record": json.dumps(record)}))
+
+
+def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read what :func:`save_state` wrote and restore the random states.
+
+    Raises:
+        InputError: If there is no state or the file is damaged.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                group, _, name = key.partition("/")
+                groups.setdefault(group, {})[name] = file.get_tensor(key)
+            record: dict[str, Any] = json.loads((file.metadata() or {})["record"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no state to resume from; run without --resume") from None
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise InputError(f"{path}: damaged ({error}); start again without --resume") from None
+    random = groups.pop("random")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return groups, record
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """An optimizer's per-parameter state as flat tensors, ``"{parameter}.{entry}"``."""
+    return {
+        f"{index}.{entry}": torch.as_tensor(value)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for entry, value in entries.items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of :func:`optimizer_tensors` for an optimizer over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, entry = key.partition(".")
+        state.setdefault(int(index), {})[entry] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,172 @@
+"""The configuration of a run: one frozen dataclass tree ↔ TOML ↔ command-line flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from training.errors import InputError
+from training.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the embeddings are asked for."""
+
+    name: Literal["curriculum", "max", "sum", "infonce", "sigmoid"] = "curriculum"
+    """curriculum goes from the sum of hinges to the hardest one (VSE++); max and sum are its two ends."""
+    margin: float = 0.2
+    """Hinge margin in units of the score: 0.2 suits cosine, 0.05 order similarity."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """Over the batch. VSE++ sums; with a gradient clip that is not the same as the mean."""
+    warmup_epochs: float = 1.0
+    """Length of the curriculum, also of the one that starts when a collapse is noticed."""
+    on_collapse: Literal["fall_back", "warn"] = "fall_back"
+    """What to do when all similarities have become equal: restart the curriculum, or only say so."""
+    temperature: float = 0.07
+    """infonce, sigmoid: initial temperature, learned."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights move."""
+
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """adam is the VSE++ recipe; adamw decouples weight decay."""
+    lr: float = 2e-4
+    """Peak learning rate of heads and of encoders trained from scratch."""
+    backbone_lr: float = 2e-5
+    """Peak learning rate of pretrained backbones that are fine-tuned."""
+    weight_decay: float = 0.0
+    """Applied to matrices only, not to biases and norms."""
+    epochs: int = 30
+    """Every caption is visited once per epoch."""
+    batch_size: int = 128
+    """Pairs per step; hard negatives come from the batch, so larger is harder."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """step divides the rate by ten every decay_epochs; cosine ends at zero."""
+    decay_epochs: int = 15
+    """Epochs between two decays of the step schedule."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from zero."""
+    clip: float = 2.0
+    """Largest gradient norm; 0 switches clipping off."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 runs the towers under autocast; losses stay in float32."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    data: str = ""
+    """KIND:PATH, e.g. karpathy:flickr8k, coco:DIR, precomputed:DIR, folder:DIR, scenes:6000."""
+    out: str = ""
+    """Run directory."""
+    train_split: str = "train"
+    """Splits may be joined, e.g. train+restval."""
+    val_split: str = "val"
+    """Its rSum selects the weights that are kept."""
+    augment: Literal["none", "crop", "crop+flip"] = "none"
+    """Random views of training pictures. A flip turns left into right: not for captions that say which."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+    """Decides initial weights, order of the pairs, augmentation and dropout."""
+    workers: int = 0
+    """Processes that decode pictures."""
+    validate_every: int = 0
+    """Steps between validations; 0 validates after each epoch."""
+    patience: int = 0
+    """Stop after this many validations without a better rSum; 0 never does."""
+    checkpoint_every: int = 500
+    """Steps between saved states; one is also saved after each validation."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (pip install 'vse[tensorboard]')."""
+
+
+def from_dict(record: dict[str, Any], origin: str) -> Config:
+    """Build a configuration from nested tables.
+
+    Raises:
+        InputError: For an unknown key or a value of the wrong type, naming ``origin`` and the key.
+    """
+    built: Config = _build(Config, record, origin, "")
+    return built
+
+
+def _build(kind: type[Any], record: dict[str, Any], origin: str, prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in record.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise InputError(f"{origin}: unknown setting {name!r}; known here: {', '.join(hints)}")
+        wanted = hints[key]
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+            if not isinstance(value, dict):
+                raise InputError(f"{origin}: {name} must be a table")
+            values[key] = _build(wanted, value, origin, f"{name}.")
+            continue
+        choices = get_args(wanted)
+        if choices and value not in choices:
+            raise InputError(f"{origin}: {name} = {value!r}; choose from {', '.join(map(repr, choices))}")
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if not choices and type(value) is not wanted:
+            raise InputError(f"{origin}: {name} = {value!r} must be of type {wanted.__name__}")
+        values[key] = value
+    return kind(**values)
+
+
+def read_toml(path: Path) -> Config:
+    """Read a recipe or a run's ``config.toml``. Raises :class:`InputError` as :func:`from_dict` does."""
+    try:
+        return from_dict(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe; see training/recipes") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path}: not TOML ({error})") from None
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration, defaults included, so that it reruns the run under any later defaults."""
+    lines: list[str] = []
+
+    def table(value: Any, name: str) -> None:
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        if name:
+            lines.append(f"\n[{name}]")
+        lines.extend(f"{k} = {_scalar(v)}" for k, v in fields.items() if not dataclasses.is_dataclass(v))
+        for key, inner in fields.items():
+            if dataclasses.is_dataclass(inner):
+                table(inner, f"{name}.{key}" if name else key)
+
+    table(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: str | int | float | bool) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+
+
+def difference(a: Config, b: Config) -> str | None:
+    """The first setting in which two configurations differ, as ``name: a ≠ b``; None if there is none."""
+
+    def walk(x: Any, y: Any, prefix: str) -> str | None:
+        for f in dataclasses.fields(x):
+            left, right = getattr(x, f.name), getattr(y, f.name)
+            if dataclasses.is_dataclass(left):
+                found = walk(left, right, f"{prefix}{f.name}.")
+                if found:
+                    return found
+            elif left != right:
+                return f"{prefix}{f.name}: {left!r} ≠ {right!r}"
+        return None
+
+    return walk(a, b, "")

@@ -1,0 +1,1 @@
+"""Corpora of images and captions: readers, image decoding, text tokenizers, batches."""

@@ -1,0 +1,1 @@
+"""Two-tower image–caption encoders and their cached backbone features."""

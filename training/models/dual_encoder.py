@@ -1,0 +1,253 @@
+"""The two towers together: encode, save, load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.data.batches import Inputs, Pixels, Tokens
+from training.data.corpus import ImageSource
+from training.data.images import ImageTransform
+from training.data.text import Tokenizer, WordTokenizer, load_tokenizer
+from training.errors import InputError
+from training.files import write_text, write_with
+from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from training.models.hub import checksum, locate, unavailable
+from training.models.image_tower import PixelBackbone, build_image_backbone
+from training.models.similarity import SIMILARITIES, Similarity
+from training.models.text_tower import build_text_backbone
+from training.models.tower import Tower
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+FORMAT = 1
+
+
+class DualEncoder(nn.Module):
+    """Image tower, text tower and the tokenizer they were trained with.
+
+    Args:
+        config: What the towers are made of.
+        tokenizer: Ids for the text tower.
+        pretrained: Load the backbones' pretrained weights; False when a checkpoint supplies them.
+        architectures: ``{"image": …, "text": …}`` as recorded in a checkpoint.
+
+    Example:
+        >>> model = DualEncoder.from_pretrained("runs/flickr8k")            # doctest: +SKIP
+        >>> images = model.encode_images([Image.open("dog.jpg")])           # doctest: +SKIP
+        >>> texts = model.encode_texts(["a dog in the snow"])               # doctest: +SKIP
+        >>> model.similarity.scores(images, texts)                          # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        pretrained: bool = True,
+        architectures: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        known = architectures or {}
+        self.config = config
+        self.tokenizer = tokenizer
+        image = build_image_backbone(config.image, pretrained or config.image.frozen, known.get("image"))
+        words = len(tokenizer) if isinstance(tokenizer, WordTokenizer) else 0
+        text = build_text_backbone(config.text, config.dim, words, pretrained or config.text.frozen, known.get("text"))
+        self.image_tower = Tower(image, config.image, config.dim, config.absolute)
+        self.text_tower = Tower(text, config.text, config.dim, config.absolute)
+        self.similarity: Similarity = SIMILARITIES[config.similarity]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def transform(self, augment: str = "none") -> ImageTransform:
+        """The picture preprocessing of the image tower.
+
+        Raises:
+            InputError: If the image tower takes precomputed features and so cannot see pictures.
+        """
+        backbone = self.image_tower.backbone
+        if not isinstance(backbone, PixelBackbone):
+            raise InputError(
+                "this model was trained on precomputed features and cannot encode pictures; "
+                "train one with an image encoder, e.g. --image.encoder torchvision:resnet50"
+            )
+        own = backbone.preprocessing
+        return ImageTransform(own.size, own.resize, own.interpolation, augment)
+
+    @torch.inference_mode()
+    def encode(self, side: str, inputs: Inputs, batch_size: int = 64, project: bool = False) -> Tensor:
+        """Embed every row of ``inputs`` in evaluation mode; the previous mode of each module is restored.
+
+        Args:
+            side: ``image`` or ``text``.
+            inputs: Pixels, token ids or features, ``N`` rows.
+            batch_size: Rows at a time.
+            project: ``inputs`` are features from :meth:`Tower.features`, so only the rest is to be done.
+
+        Returns:
+            float32 ``(N, D)`` on the CPU.
+        """
+        tower: Tower = self.image_tower if side == "image" else self.text_tower
+        encode = tower.project if project else tower
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            rows = []
+            starts = range(0, len(inputs), batch_size)
+            for start in tqdm(starts, desc=f"encode {side}s", unit="batch", delay=2, leave=False):
+                chosen = np.arange(start, min(start + batch_size, len(inputs)))
+                rows.append(encode(*inputs.fetch(chosen, None).to(self.device)).float().cpu())
+            return torch.cat(rows) if rows else torch.empty(0, self.config.dim)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def encode_images(self, images: Sequence[Image.Image | ImageSource], batch_size: int = 64) -> Tensor:
+        """Pictures → embeddings float32 ``(N, D)``."""
+        sources = [_Ready(image) if isinstance(image, Image.Image) else image for image in images]
+        return self.encode("image", Pixels(sources, self.transform()), batch_size)
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Captions → embeddings float32 ``(N, D)``. Raises :class:`InputError` for an empty one."""
+        for text in texts:
+            if not text.strip():
+                raise InputError("the query is empty; write at least one word")
+        return self.encode("text", Tokens(texts, self.tokenizer), batch_size)
+
+    def save_pretrained(self, directory: str | Path, card: str | None = None) -> None:
+        """Write ``config.json``, ``model.safetensors``, the tokenizer and the model card.
+
+        Frozen backbones are named with their checksum, not copied. Each file replaces the old one only
+        once it is complete, the weights last.
+
+        Args:
+            directory: Created if needed.
+            card: Markdown for ``README.md``; without it an existing card is kept.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        record = {
+            "format": FORMAT,
+            **asdict(self.config),
+            "architectures": {
+                "image": self.image_tower.backbone.architecture,
+                "text": self.text_tower.backbone.architecture,
+            },
+            "frozen": {
+                side: tower.checksum
+                for side, tower in (("image", self.image_tower), ("text", self.text_tower))
+                if tower.checksum
+            },
+        }
+        self.tokenizer.save(directory)
+        if card is not None:
+            write_text(directory / CARD_FILE, card)
+        write_text(directory / CONFIG_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.trained_state().items()}
+        write_with(directory / WEIGHTS_FILE, lambda path: save_file(weights, path))
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The state dict without frozen backbones."""
+        frozen = tuple(
+            f"{name}.backbone." for name in ("image_tower", "text_tower") if getattr(self, name).config.frozen
+        )
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen or ("\0",))}
+
+    def load_trained_state(self, state: dict[str, Tensor], origin: str) -> None:
+        """Inverse of :meth:`trained_state`. Raises :class:`InputError` if ``state`` is another model's."""
+        expected = self.trained_state()
+        for name in expected.keys() ^ state.keys():
+            raise InputError(f"{origin}: weights of another configuration (at {name}); restore the run's own files")
+        for name, tensor in state.items():
+            if tensor.shape != expected[name].shape:
+                raise InputError(
+                    f"{origin}: {name} is {tuple(tensor.shape)}, the configuration says "
+                    f"{tuple(expected[name].shape)}; restore the run's own files"
+                )
+        self.load_state_dict(state, strict=False)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: torch.device | str = "cpu") -> DualEncoder:
+        """Load from a directory written by :meth:`save_pretrained`, or from the hub.
+
+        Raises:
+            InputError: If the directory is not a model, a frozen backbone has other weights than those the
+                model was trained with, or weights and configuration disagree.
+        """
+        directory = _download(str(name))
+        path = directory / CONFIG_FILE
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["format"] != FORMAT:
+                raise InputError(f"{path}: format {record['format']}, this version reads {FORMAT}; update vse")
+            config = ModelConfig(
+                image=ImageTowerConfig(**record["image"]),
+                text=TextTowerConfig(**record["text"]),
+                **{key: record[key] for key in ("dim", "similarity", "absolute")},
+            )
+            architectures, frozen = record["architectures"], record["frozen"]
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; give the directory that vse train wrote") from None
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: not a model configuration ({error}); restore the run's own file") from None
+        tokenizer = load_tokenizer(directory, config.text.max_tokens)
+        model = cls(config, tokenizer, pretrained=False, architectures=architectures)
+        for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
+            if tower.checksum != frozen.get(side):
+                raise InputError(
+                    f"{path}: {tower.config.encoder} has other weights here than when the model was trained "
+                    f"({side} tower); point VSE_MODELS at the original ones"
+                )
+        weights = directory / WEIGHTS_FILE
+        try:
+            state = load_file(weights)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{weights}: cannot be read ({error}); restore the file") from None
+        model.load_trained_state(state, str(weights))
+        return model.to(device).eval()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all weights: equal models embed equally."""
+        return checksum(self)
+
+
+class _Ready:
+    """A picture that is already in memory."""
+
+    name, fingerprint = "picture", ""
+
+    def __init__(self, image: Image.Image) -> None:
+        self._image = image
+
+    def load(self) -> Image.Image:
+        return self._image.convert("RGB")
+
+
+def _download(name: str) -> Path:
+    if Path(name).exists():
+        return Path(name)
+    where = locate(name)
+    if where != name:
+        return Path(where)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such directory; give the directory that vse train wrote, or a hub name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise unavailable(name, error) from None

@@ -1,0 +1,156 @@
+"""Backbone features computed once: memory-mapped, keyed by what made them, resumable after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from training.data.batches import Features, Inputs, Pixels, Tokens
+from training.data.corpus import Corpus
+from training.data.padded import Padded
+from training.errors import InputError
+from training.files import write_text
+from training.models.dual_encoder import DualEncoder
+from training.models.tower import Tower
+
+CHUNK = 1024  # rows between two durable marks of progress
+
+
+def cache_root() -> Path:
+    """``$VSE_CACHE``, else ``~/.cache/vse``."""
+    return Path(os.environ.get("VSE_CACHE") or "~/.cache/vse").expanduser() / "features"
+
+
+def feature_key(tower: Tower, input_identity: str) -> str:
+    """Equal exactly when the features would be: same weights, same preprocessing, same inputs.
+
+    Args:
+        tower: Frozen tower; its checksum stands for the weights.
+        input_identity: Fingerprint of the rows and of how they are prepared (pixels or token ids).
+    """
+    stage = "tokens" if tower.pooling is not None else tower.config.pooling
+    parts = [str(tower.checksum), stage, input_identity]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def cached_features(
+    tower: Tower,
+    inputs: Inputs,
+    input_identity: str,
+    *,
+    label: str,
+    batch_size: int = 64,
+    root: Path | None = None,
+) -> Features:
+    """Features of every input row, from the cache as far as they are there.
+
+    Rows are float16 on disk. They are computed in chunks; after each, data and then a progress mark reach
+    the disk, so a killed run goes on where it stopped.
+
+    Args:
+        tower: Frozen tower, on the device it should run on.
+        inputs: Pixels or token ids, ``N`` rows.
+        input_identity: See :func:`feature_key`.
+        label: What the progress bar says.
+        batch_size: Rows per forward pass.
+        root: Cache directory, by default :func:`cache_root`.
+
+    Returns:
+        Pooled features ``(N, F)``; all tokens where the pooling is trainable.
+    """
+    directory = (root or cache_root()) / feature_key(tower, input_identity)
+    progress, values_file = directory / "progress.json", directory / "values.npy"
+    count = len(inputs)
+    device = next(tower.parameters()).device
+    tower.eval()
+
+    def run(indices: NDArray[np.int64]) -> Padded:
+        with torch.inference_mode():
+            return tower.features(*inputs.fetch(indices, None).to(device))
+
+    lengths = np.asarray(inputs.lengths, dtype=np.int64)
+    record = json.loads(progress.read_text()) if progress.exists() else None
+    if record is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        sample = run(np.arange(min(1, count))).values
+        tokens = sample.ndim == 3
+        if tokens and (lengths == 1).all():  # a picture is one input row and a whole grid of tokens
+            lengths = np.full(count, sample.shape[1])
+        shape = (int(lengths.sum()) if tokens else count, sample.shape[-1])
+        np.lib.format.open_memmap(values_file, "w+", np.float16, shape).flush()
+        offsets = np.concatenate([[0], lengths.cumsum()]) if tokens else None
+        if offsets is not None:
+            np.save(directory / "offsets.npy", offsets)
+        record = {"rows": 0, "tokens": tokens, "label": label}
+    offsets = np.load(directory / "offsets.npy") if record["tokens"] else None
+
+    if record["rows"] < count:
+        values = np.lib.format.open_memmap(values_file, "r+")
+        with tqdm(total=count, initial=record["rows"], desc=label, unit="row", delay=2) as bar:
+            for start in range(record["rows"], count, CHUNK):
+                rows = np.arange(start, min(start + CHUNK, count))
+                by_length = rows[np.argsort(lengths[rows], kind="stable")]  # little padding per batch
+                for batch in np.split(by_length, range(batch_size, len(rows), batch_size)):
+                    _store(values, offsets, batch, run(batch))
+                    bar.update(len(batch))
+                values.flush()
+                write_text(progress, json.dumps({**record, "rows": int(rows[-1]) + 1}))
+    return Features(np.load(values_file, mmap_mode="r", allow_pickle=False), offsets)
+
+
+def _store(
+    values: NDArray[np.float16], offsets: NDArray[np.int64] | None, rows: NDArray[np.int64], features: Padded
+) -> None:
+    block = features.values.float().cpu().numpy().astype(np.float16)
+    if offsets is None:
+        values[rows] = block
+        return
+    for row, tokens in zip(rows, block, strict=True):
+        start, end = offsets[row], offsets[row + 1]
+        values[start:end] = tokens[: end - start]
+
+
+def corpus_inputs(model: DualEncoder, corpus: Corpus, side: str, augment: str = "none") -> tuple[Inputs, bool]:
+    """What to feed a tower with for this corpus, and whether it is past the backbone already.
+
+    A frozen tower without augmentation is fed from the feature cache, everything else with raw rows.
+
+    Raises:
+        InputError: If the corpus has pictures and the model wants features, or the other way round, or
+            their widths disagree.
+    """
+    tower: Tower = model.image_tower if side == "image" else model.text_tower
+    if side == "text":
+        inputs: Inputs = Tokens(corpus.captions, model.tokenizer)
+        identity = f"{corpus.fingerprint()} {tower.config.encoder} {model.config.text.max_tokens}"
+    elif corpus.features is not None:
+        width = corpus.features.shape[-1]
+        if tower.config.encoder != "precomputed" or tower.backbone.dim != width:
+            wanted = f"features {tower.backbone.dim} wide" if tower.config.encoder == "precomputed" else "pictures"
+            raise InputError(f"{corpus.name}: holds features {width} wide, the model takes {wanted}")
+        return Features(corpus.features), False
+    else:
+        inputs = Pixels(corpus.images, model.transform(augment))
+        identity = f"{corpus.fingerprint()} {model.transform()}"
+    if not tower.config.frozen or augment != "none":
+        return inputs, False
+    label = f"{tower.config.encoder.rsplit('/', 1)[-1]} {corpus.split}"
+    return cached_features(tower, inputs, identity, label=label), True
+
+
+def encode_corpus(model: DualEncoder, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Embeddings of all images ``(I, D)`` and all captions ``(C, D)``, float32 on the CPU."""
+    images, image_cached = corpus_inputs(model, corpus, "image")
+    texts, text_cached = corpus_inputs(model, corpus, "text")
+    return (
+        model.encode("image", images, project=image_cached),
+        model.encode("text", texts, project=text_cached, batch_size=256),
+    )

@@ -1,0 +1,97 @@
+"""Text backbones: a word-level GRU, or any Hugging Face text encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.data.padded import Padded
+from training.errors import InputError
+from training.models.config import TextTowerConfig
+from training.models.hub import locate, portable, quiet_transformers, unavailable
+from training.models.tower import Backbone
+
+
+class WordGRU(Backbone):
+    """Word embeddings and a one-layer unidirectional GRU, the text side of VSE++ (Faghri et al. 2018).
+
+    Args:
+        words: Vocabulary size.
+        word_dim: Width of the word embeddings, initialised uniformly in ±0.1.
+        dim: Width of the hidden state.
+    """
+
+    def __init__(self, words: int, word_dim: int, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.architecture = {"words": words}
+        self.embedding = nn.Embedding(words, word_dim)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.gru = nn.GRU(word_dim, dim, batch_first=True)
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Padded:
+        """Ids ``(B, T)`` → hidden states ``(B, T, D)``.
+
+        Padding stands at the end, where a unidirectional network has already read the caption; the states
+        there are masked, so no packing is needed.
+        """
+        states, _ = self.gru(self.embedding(values))
+        return Padded(states, mask)
+
+
+class HubText(Backbone):
+    """A transformers text encoder; token features are its last hidden states."""
+
+    def __init__(self, network: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.dim = int(getattr(config, "text_config", config).hidden_size)
+        self.architecture = {"config": portable(config)}
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Padded:
+        """Ids ``(B, T)``, bool ``(B, T)`` → hidden states ``(B, T, F)``."""
+        attention = torch.ones_like(values) if mask is None else mask.long()
+        states = self.network(input_ids=values, attention_mask=attention).last_hidden_state
+        return Padded(states, attention.bool())
+
+
+def build_text_backbone(
+    config: TextTowerConfig,
+    dim: int,
+    words: int,
+    pretrained: bool = True,
+    architecture: dict[str, Any] | None = None,
+) -> Backbone:
+    """The backbone that ``config.encoder`` names.
+
+    Args:
+        config: The text tower's configuration.
+        dim: Width of the joint space; a GRU without a head has this many hidden units.
+        words: Size of the word vocabulary, used by the GRU.
+        pretrained: Load pretrained weights; False when a checkpoint supplies them.
+        architecture: What :attr:`Backbone.architecture` was when the checkpoint was written.
+
+    Raises:
+        InputError: For an unknown name or weights that cannot be had.
+    """
+    kind, _, name = config.encoder.partition(":")
+    if config.encoder == "gru":
+        return WordGRU(words, config.word_dim, dim)
+    if kind == "hf" and name:
+        from transformers import AutoConfig, AutoModel
+
+        quiet_transformers()
+        where = locate(name)
+        try:
+            if pretrained or architecture is None:
+                hub_config = AutoConfig.from_pretrained(where)
+                model = AutoModel.from_pretrained(where, dtype=torch.float32)
+            else:
+                hub_config = AutoConfig.for_model(**architecture["config"])
+                model = AutoModel.from_config(hub_config)
+        except (OSError, ValueError, ImportError) as error:
+            raise unavailable(config.encoder, error) from None
+        return HubText(getattr(model, "text_model", model), hub_config)
+    raise InputError(f"text.encoder {config.encoder!r} is unknown; use gru or hf:REPO_OR_DIR")

@@ -1,0 +1,107 @@
+"""One tower: backbone → pooling → head → normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.data.padded import Padded
+from training.errors import InputError
+from training.models.config import ImageTowerConfig, TextTowerConfig
+from training.models.hub import checksum
+from training.models.pooling import PARAMETER_FREE, GeneralizedPooling
+
+
+class Backbone(nn.Module):
+    """Turns an input into token features.
+
+    Attributes:
+        dim: Width F of a token.
+        architecture: What is needed beside the name to rebuild the module without its pretrained weights.
+    """
+
+    dim: int
+    architecture: dict[str, Any]
+
+    def forward(self, values: Tensor, mask: Tensor | None) -> Padded:
+        """Input rows → tokens ``(B, T, F)`` with their mask."""
+        raise NotImplementedError
+
+
+class Tower(nn.Module):
+    """Encodes one side of the pairs into the joint space.
+
+    :meth:`features` is everything up to the first trainable layer of a frozen tower, and therefore what
+    is worth caching; :meth:`project` is the rest.
+    """
+
+    def __init__(
+        self, backbone: Backbone, config: ImageTowerConfig | TextTowerConfig, dim: int, absolute: bool
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.absolute = absolute
+        self.backbone = backbone
+        self.pooling = GeneralizedPooling() if config.pooling == "gpo" else None
+        width = backbone.dim * (2 if config.pooling == "mean+max" else 1)
+        if config.head == "none" and width != dim:
+            raise InputError(f"{config.encoder}: features are {width} wide, the joint space {dim}; add a head")
+        self.head = build_head(config, width, dim)
+        self.checksum: str | None = None
+        if config.frozen:
+            self.backbone.requires_grad_(False)
+            self.checksum = checksum(backbone)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Switch heads and own encoders; pretrained backbones keep batch norm and dropout in evaluation.
+
+        Batch statistics of a small, correlated batch would otherwise replace those of ImageNet.
+        """
+        super().train(mode)
+        if self.config.frozen or ":" in self.config.encoder:
+            self.backbone.eval()
+        return self
+
+    def features(self, values: Tensor, mask: Tensor | None = None) -> Padded:
+        """Backbone and parameter-free pooling: ``(B, F)``, or tokens ``(B, T, F)`` for GPO."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
+            tokens, token_mask = self.backbone(values, mask)
+        if self.pooling is not None or tokens.ndim == 2:
+            return Padded(tokens, token_mask)
+        return Padded(PARAMETER_FREE[self.config.pooling](tokens, token_mask))
+
+    def project(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features → embeddings ``(B, D)``, unit length if the configuration says so."""
+        if self.pooling is not None and features.ndim == 3:
+            features = self.pooling(features, mask)
+        if self.config.normalise_features:
+            features = F.normalize(features, dim=-1)
+        embeddings: Tensor = self.head(features)
+        if self.config.normalise:
+            embeddings = F.normalize(embeddings.float(), dim=-1)
+        return embeddings.abs() if self.absolute else embeddings
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Inputs → embeddings ``(B, D)``."""
+        return self.project(*self.features(values, mask))
+
+
+def build_head(config: ImageTowerConfig | TextTowerConfig, width: int, dim: int) -> nn.Module:
+    """``none``, a linear map with the initialisation of VSE++ (uniform ±√6/√(fan_in + fan_out)), or an MLP."""
+    if config.head == "none":
+        return nn.Identity()
+    last = nn.Linear(width if config.head == "linear" else config.hidden, dim)
+    nn.init.xavier_uniform_(last.weight)
+    nn.init.zeros_(last.bias)
+    if config.head == "linear":
+        return nn.Sequential(nn.Dropout(config.dropout), last)
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, config.hidden),
+        nn.GELU(),
+        nn.Dropout(config.dropout),
+        last,
+    )

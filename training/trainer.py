@@ -1,0 +1,305 @@
+"""The training loop: corpus in, run directory out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from training.checkpoint import load_state, optimizer_tensors, restore_optimizer, save_state
+from training.config import Config, LossConfig, to_toml
+from training.data.batches import Batch, Pairs, ShuffledBatches, load_epoch
+from training.data.corpus import Corpus
+from training.data.formats import load_corpus
+from training.data.text import HubTokenizer, Tokenizer, WordTokenizer
+from training.errors import InputError
+from training.evaluation.protocols import evaluate
+from training.files import write_text
+from training.losses import CollapseDetector, Curriculum, InfoNCE, Loss, SigmoidLoss, SumOfHinges
+from training.model_card import model_card
+from training.models.dual_encoder import DualEncoder
+from training.models.features import corpus_inputs, encode_corpus
+from training.models.hub import locate
+from training.models.similarity import Similarity
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, METRICS_FILE, STATE_FILE = "config.toml", "metrics.jsonl", "state/last.safetensors"
+
+
+def build_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
+    """A vocabulary fitted on ``corpus``, the training split, or the text encoder's own tokenizer."""
+    text = config.model.text
+    if text.encoder.startswith("hf:"):
+        return HubTokenizer.load(locate(text.encoder[3:]), text.max_tokens)
+    return WordTokenizer.fit(corpus.captions, text.min_count, text.max_tokens)
+
+
+def build_loss(config: LossConfig, similarity: Similarity, steps_per_epoch: int) -> Loss:
+    """The loss that the configuration names. ``max`` is a curriculum that is over when training begins."""
+    if config.name in ("curriculum", "max"):
+        warmup = max(1, round(config.warmup_epochs * steps_per_epoch))
+        start = -warmup if config.name == "max" else 0
+        return Curriculum(warmup, similarity, config.margin, config.reduction, start=start)
+    if config.name == "sum":
+        return SumOfHinges(similarity, config.margin, config.reduction)
+    kind = InfoNCE if config.name == "infonce" else SigmoidLoss
+    return kind(similarity, temperature=config.temperature)
+
+
+class Trainer:
+    """One training run.
+
+    Everything random follows from ``config.seed`` and the position in the run, so that a run that was
+    killed and resumed ends with the weights of one that was not.
+
+    Args:
+        config: The resolved configuration; ``data`` and ``out`` must be set.
+        resume: Continue from the state saved in ``config.out``.
+
+    Raises:
+        InputError: For unusable data or settings, or a run directory that holds another run.
+    """
+
+    def __init__(self, config: Config, resume: bool = False) -> None:
+        self.config = config
+        self.out = Path(config.out)
+        if not resume and (self.out / STATE_FILE).exists():
+            raise InputError(f"{self.out}: holds a run already; add --resume or choose another --out")
+        self.train_corpus = load_corpus(config.data, config.train_split)
+        self.val_corpus = load_corpus(config.data, config.val_split)
+        if len(self.train_corpus.image_ids) < 2:
+            raise InputError(f"{config.data} [{config.train_split}]: one image has no negatives; add images")
+        if config.optim.batch_size < 2:
+            raise InputError("optim.batch_size must be at least 2: negatives come from the batch")
+
+        torch.manual_seed(config.seed)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model_config = _with_feature_dim(config, self.train_corpus).model
+        self.model = DualEncoder(model_config, build_tokenizer(config, self.train_corpus)).to(self.device)
+        images, self._images_cached = corpus_inputs(self.model, self.train_corpus, "image", config.augment)
+        texts, self._texts_cached = corpus_inputs(self.model, self.train_corpus, "text")
+        self.pairs = Pairs(images, texts, self.train_corpus.owner, config.seed)
+        self.batches = ShuffledBatches(len(self.pairs), config.optim.batch_size, config.seed)
+        self.total_steps = config.optim.epochs * len(self.batches)
+
+        self.loss = build_loss(config.loss, self.model.similarity, len(self.batches)).to(self.device)
+        self.detector = CollapseDetector(config.loss.margin)
+        self.optimizer = self._build_optimizer()
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.validations_since_best = 0
+        self.seconds = 0.0
+        self._started = time.monotonic()
+        if resume:
+            self._restore()
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / CONFIG_FILE, to_toml(config))
+        self._writer = _tensorboard(self.out) if config.tensorboard else None
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, or to the point where patience runs out.
+
+        Returns:
+            The best validation metrics in the form of ``vse evaluate --json``; the weights that reached them
+            are in ``model.safetensors``.
+
+        Raises:
+            InputError: If the loss or a gradient stops being finite; names the batch.
+        """
+        config = self.config
+        while self.step < self.total_steps and not self._out_of_patience():
+            epoch, position = divmod(self.step, len(self.batches))
+            loader = load_epoch(self.pairs, self.batches, epoch, position, config.workers)
+            bar = tqdm(
+                total=len(self.pairs),
+                initial=position * config.optim.batch_size,
+                desc=f"epoch {epoch + 1}/{config.optim.epochs}",
+                unit="pair",
+                leave=False,
+            )
+            self.model.train()
+            with bar:
+                for batch in loader:
+                    logged = self._train_step(batch)
+                    bar.update(len(batch.pairs))
+                    bar.set_postfix_str(f"loss {logged['loss']:.3f}", refresh=False)
+                    self.step += 1
+                    ends_epoch = self.step % len(self.batches) == 0
+                    if ends_epoch or (config.validate_every and self.step % config.validate_every == 0):
+                        self._validate(logged)
+                        self._save()
+                        if self._out_of_patience():
+                            break
+                    elif self.step % config.checkpoint_every == 0:
+                        self._save()
+        if self.best is None:
+            raise InputError(f"{self.out}: nothing to train; optim.epochs must be at least 1")
+        if self._writer is not None:
+            self._writer.close()
+        return self.best
+
+    def _train_step(self, batch: Batch) -> dict[str, float]:
+        config = self.config.optim
+        batch = batch.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * self._rate(self.step)
+        self.loss.advance(self.step)
+        image_tower, text_tower = self.model.image_tower, self.model.text_tower
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            images = (image_tower.project if self._images_cached else image_tower)(*batch.images)
+            texts = (text_tower.project if self._texts_cached else text_tower)(*batch.texts)
+        value, statistics = self.loss(images, texts, batch.image_ids)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        limit = config.clip or math.inf
+        norm = clip_grad_norm_((p for g in self.optimizer.param_groups for p in g["params"]), limit)
+        numbers = torch.stack([value.detach(), norm]).tolist()
+        if not all(map(math.isfinite, numbers)):
+            self._stop_on_nan(batch, *numbers)
+        self.optimizer.step()
+        logged = {"loss": numbers[0], "gradient_norm": numbers[1], **statistics.floats()}
+        message = self.detector.observe(logged["positive"], logged["hardest"], logged["spread"])
+        if message:
+            tqdm.write(f"step {self.step}: {message}")
+            if self.config.loss.on_collapse == "fall_back" and isinstance(self.loss, Curriculum):
+                self.loss.fall_back()
+        if self.step % 50 == 0:
+            self._log({"kind": "train", **logged, "lr": self.optimizer.param_groups[0]["lr"]})
+        return logged
+
+    def _rate(self, step: int) -> float:
+        """Learning rate as a fraction of its peak."""
+        config = self.config.optim
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        if config.schedule == "step":
+            return float(0.1 ** (step // len(self.batches) // config.decay_epochs))
+        if config.schedule == "cosine":
+            done = (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1.0
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config.optim
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, parameter in (*self.model.named_parameters(), *self.loss.named_parameters(prefix="loss")):
+            if parameter.requires_grad:
+                side = self.model.config.image if name.startswith("image") else self.model.config.text
+                pretrained = ".backbone." in name and ":" in side.encoder
+                groups.setdefault((pretrained, parameter.ndim > 1), []).append(parameter)
+        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return kind(
+            [
+                {
+                    "params": parameters,
+                    "peak_lr": config.backbone_lr if pretrained else config.lr,
+                    "weight_decay": config.weight_decay if matrix else 0.0,
+                }
+                for (pretrained, matrix), parameters in groups.items()
+            ],
+            lr=config.lr,
+        )
+
+    def _validate(self, logged: dict[str, float]) -> None:
+        images, captions = encode_corpus(self.model, self.val_corpus)
+        metrics = evaluate(images, captions, self.val_corpus.owner, self.model.similarity.scores)
+        record = metrics.to_json(self.config.data, self.config.val_split)
+        better = self.best is None or metrics.rsum > self.best["rsum"]
+        self.validations_since_best = 0 if better else self.validations_since_best + 1
+        self._log({"kind": "validation", **record})
+        tqdm.write(
+            f"epoch {self.step / len(self.batches):5.2f}  loss {logged['loss']:8.3f}  "
+            f"i2t R@1 {metrics.i2t.r1:5.1f}  t2i R@1 {metrics.t2i.r1:5.1f}  rSum {metrics.rsum:6.1f}"
+            + (" *" if better else "")
+        )
+        if better:
+            self.best = record
+            card = model_card(self.config, record, self.step, self._elapsed(), len(self.train_corpus))
+            self.model.save_pretrained(self.out, card)
+        self.model.train()
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.validations_since_best
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self._started
+
+    def _log(self, record: dict[str, Any]) -> None:
+        line = {"step": self.step, "seconds": round(self._elapsed(), 1), **record}
+        with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._writer is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"{record['kind']}/{name}", value, self.step)
+
+    def _save(self) -> None:
+        tensors = {
+            "model": self.model.trained_state(),
+            "loss": self.loss.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+        metrics = self.out / METRICS_FILE
+        record = {
+            "step": self.step,
+            "best": self.best,
+            "validations_since_best": self.validations_since_best,
+            "detector": self.detector.state_dict(),
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "seconds": self._elapsed(),
+        }
+        save_state(self.out / STATE_FILE, tensors, record)
+
+    def _restore(self) -> None:
+        path = self.out / STATE_FILE
+        tensors, record = load_state(path)
+        self.model.load_trained_state(tensors["model"], str(path))
+        self.loss.load_state_dict(tensors.get("loss", {}))
+        restore_optimizer(self.optimizer, tensors["optimizer"])
+        self.detector.load_state_dict(record["detector"])
+        self.step, self.best = record["step"], record["best"]
+        self.validations_since_best = record["validations_since_best"]
+        self.seconds = record["seconds"]
+        metrics = self.out / METRICS_FILE
+        if metrics.exists():  # what was logged after the state was saved will be logged again
+            os.truncate(metrics, record["metrics_bytes"])
+
+    def _stop_on_nan(self, batch: Batch, value: float, norm: float) -> None:
+        captions = [self.train_corpus.caption_ids[i] for i in batch.pairs]
+        images = [self.train_corpus.image_ids[i] for i in batch.image_ids.tolist()]
+        file = self.out / "nan_batch.json"
+        record = {"step": self.step, "loss": str(value), "gradient_norm": str(norm)}
+        write_text(file, json.dumps({**record, "images": images, "captions": captions}, indent=1))
+        raise InputError(
+            f"{self.out}: step {self.step}: loss {value}, gradient norm {norm}; the batch (image {images[0]}, "
+            f"caption {captions[0]}, …) is listed in {file}; check it or lower optim.lr"
+        )
+
+
+def _with_feature_dim(config: Config, corpus: Corpus) -> Config:
+    """Take the width of precomputed features from the data where the configuration leaves it open."""
+    from dataclasses import replace
+
+    image = config.model.image
+    if image.encoder != "precomputed" or image.feature_dim or corpus.features is None:
+        return config
+    image = replace(image, feature_dim=int(corpus.features.shape[-1]))
+    return replace(config, model=replace(config.model, image=image))
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("tensorboard is not installed; pip install 'vse[tensorboard]'") from None
+    return SummaryWriter(str(out / "tensorboard"))

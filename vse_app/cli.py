@@ -1,0 +1,263 @@
+"""``vse``: one short function per verb. Heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, run the verb, and end with status 2 and one line on bad input."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "huggingface_hub", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    args, rest = _parser().parse_known_args(arguments)
+    run: Callable[..., None] = args.run
+    if rest and run is not _train:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        run(args, rest) if run is _train else run(args)
+    except KeyboardInterrupt:
+        sys.exit("vse: interrupted")
+    except BrokenPipeError:  # `vse search … | head`
+        sys.stderr.close()
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _refuse(f"{where}{error.strerror or error}; what was there before is unchanged")
+    except ValueError as error:
+        from index.errors import GalleryError
+        from training.errors import InputError
+
+        if not isinstance(error, InputError | GalleryError):
+            raise
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> None:
+    print(f"vse: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vse",
+        description="Match photographs and sentences: train with hard negatives, index, search.",
+        epilog="Data is named KIND:PATH (karpathy:DIR, coco:DIR, precomputed:DIR, folder:DIR, scenes:N). "
+        "See docs/data.md.",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = verbs.add_parser("demo", help="the whole story on the built-in data, in a few minutes")
+    verb.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
+    verb.add_argument("--scenes", type=int, default=6000, help="number of generated pictures")
+    verb.add_argument("--no-browser", action="store_true", help="for scripts: open no window")
+    verb.set_defaults(run=_demo)
+
+    verb = verbs.add_parser("data", help="look at data before training on it")
+    kinds = verb.add_subparsers(metavar="check|scenes|vocab", required=True)
+    check = kinds.add_parser("check", help="read every split, decode every picture, report what is wrong")
+    check.add_argument("data", help="KIND:PATH")
+    check.add_argument("--split", default=None, help="only this split")
+    check.add_argument("--json", action="store_true", help="machine-readable")
+    check.set_defaults(run=_data_check)
+    scenes = kinds.add_parser("scenes", help="write the built-in data set as files")
+    scenes.add_argument("out", type=Path, help="folder to write")
+    scenes.add_argument("--count", type=int, default=6000, help="number of pictures")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.set_defaults(run=_data_scenes)
+    vocab = kinds.add_parser("vocab", help="print the word vocabulary of the training split")
+    vocab.add_argument("data", help="KIND:PATH")
+    vocab.add_argument("--split", default="train")
+    vocab.add_argument("--min-count", type=int, default=4)
+    vocab.set_defaults(run=_data_vocab)
+
+    verb = verbs.add_parser("features", help="compute image features once, as a precomputed: data set")
+    verb.add_argument("data", help="KIND:PATH")
+    verb.add_argument("--image-encoder", required=True, help="torchvision:NAME or hf:REPO_OR_DIR")
+    verb.add_argument("--pooling", default="mean", choices=["mean", "max", "mean+max"])
+    verb.add_argument("--size", type=int, default=0, help="input side in pixels (default: the encoder's own)")
+    verb.add_argument("--splits", nargs="+", default=["train", "val"])
+    verb.add_argument("--out", type=Path, required=True)
+    verb.set_defaults(run=_features)
+
+    verb = verbs.add_parser(
+        "train",
+        help="train a dual encoder",
+        add_help=False,
+        usage="vse train [RECIPE.toml] --data DATA --out RUN [--resume] [--field.sub VALUE ...]",
+    )
+    verb.set_defaults(run=_train)
+
+    verb = verbs.add_parser("evaluate", help="recall in both directions")
+    verb.add_argument("model", help="run directory or hub name")
+    verb.add_argument("--data", required=True, help="KIND:PATH")
+    verb.add_argument("--split", default="test")
+    verb.add_argument("--folds", type=int, default=None, help="average over contiguous folds, e.g. 5 for COCO 1K")
+    verb.add_argument("--ties", default="pessimistic", choices=["pessimistic", "expected", "optimistic"])
+    verb.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures; - prints them")
+    verb.add_argument("--worst", type=int, default=0, metavar="N", help="also print the N worst queries")
+    verb.set_defaults(run=_evaluate)
+
+    verb = verbs.add_parser("index", help="a searchable gallery of pictures")
+    verb.add_argument("gallery", type=Path)
+    actions = verb.add_subparsers(metavar="add|remove|info", required=True)
+    add = actions.add_parser("add", help="index pictures from files and folders")
+    add.add_argument("paths", type=Path, nargs="+")
+    add.add_argument("--model", type=Path, default=None, help="run directory or hub name; needed once")
+    add.add_argument("--json", action="store_true", help="machine-readable report")
+    add.set_defaults(run=_index_add)
+    remove = actions.add_parser("remove", help="take pictures out of the gallery; the files stay")
+    remove.add_argument("paths", type=Path, nargs="+")
+    remove.set_defaults(run=_index_remove)
+    info = actions.add_parser("info", help="what the gallery holds")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_index_info)
+
+    verb = verbs.add_parser("search", help="search a gallery by text or by picture")
+    verb.add_argument("gallery", type=Path)
+    verb.add_argument("text", nargs="?", help="what to look for")
+    verb.add_argument("--image", type=Path, default=None, help="look for pictures like this one")
+    verb.add_argument("-k", type=int, default=10, help="number of results (default: 10)")
+    verb.add_argument("--json", action="store_true")
+    verb.set_defaults(run=_search)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from vse_app.demo import run_demo
+
+    run_demo(args.out, args.scenes)
+
+
+def _data_check(args: argparse.Namespace) -> None:
+    from vse_app.data_check import check_data
+
+    report = check_data(args.data, args.split)
+    print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
+    if report.problems:
+        sys.exit(2)
+
+
+def _data_scenes(args: argparse.Namespace) -> None:
+    from training.data.formats.scenes import write_scenes
+
+    write_scenes(args.out, args.count, args.seed)
+    print(f"{args.count} scenes in {args.out}; train on them with --data karpathy:{args.out}")
+
+
+def _data_vocab(args: argparse.Namespace) -> None:
+    from training.data.formats import load_corpus
+    from training.data.text import WordTokenizer
+
+    words = WordTokenizer.fit(load_corpus(args.data, args.split).captions, args.min_count).words
+    print("\n".join(words))
+    print(f"{len(words)} words seen at least {args.min_count} times in {args.data} [{args.split}]", file=sys.stderr)
+
+
+def _features(args: argparse.Namespace) -> None:
+    from training.models.config import ImageTowerConfig
+    from vse_app.feature_export import export_features
+
+    config = ImageTowerConfig(
+        encoder=args.image_encoder, pooling=args.pooling, size=args.size, head="linear", frozen=True
+    )
+    for line in export_features(args.data, args.splits, config, args.out):
+        print(line)
+    print(f"train on them with --data precomputed:{args.out}")
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
+    from vse_app.train_arguments import read_arguments
+
+    config, resume = read_arguments(rest)
+    from training.trainer import Trainer
+
+    best = Trainer(config, resume).fit()
+    print(f"best validation rSum {best['rsum']:.1f}; weights, card and log in {config.out}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from training.data.formats import load_corpus
+    from training.evaluation.protocols import evaluate, worst_queries
+    from training.evaluation.ranks import retrieval_ranks
+    from training.evaluation.report import format_table, format_worst
+    from training.files import write_text
+    from training.models.dual_encoder import DualEncoder
+    from training.models.features import encode_corpus
+
+    model = DualEncoder.from_pretrained(args.model)
+    corpus = load_corpus(args.data, args.split)
+    images, captions = encode_corpus(model, corpus)
+    scores = model.similarity.scores
+    metrics = evaluate(images, captions, corpus.owner, scores, args.folds, args.ties)
+    record = json.dumps(metrics.to_json(args.data, args.split), indent=2)
+    if args.json == Path("-"):
+        print(record)
+    else:
+        print(format_table(metrics, args.data, args.split))
+    if args.worst:
+        print(format_worst(worst_queries(retrieval_ranks(images, captions, corpus.owner, scores), corpus, args.worst)))
+    if args.json and args.json != Path("-"):
+        write_text(args.json, record + "\n")
+
+
+def _index_add(args: argparse.Namespace) -> None:
+    from vse_app.search_engine import SearchEngine
+
+    with SearchEngine.open_or_create(args.gallery, args.model) as engine:
+        report = engine.add(args.paths)
+        total = len(engine.gallery)
+    if args.json:
+        print(json.dumps({**report.to_json(), "items": total}, indent=2))
+        return
+    if report.quarantine.report():
+        print(report.quarantine.report(), file=sys.stderr)
+    print(
+        f"{args.gallery}: {report.added} added, {report.unchanged} unchanged, "
+        f"{len(report.quarantine.refused)} refused; {total} pictures"
+    )
+
+
+def _index_remove(args: argparse.Namespace) -> None:
+    from index.gallery import Gallery
+
+    with Gallery.open(args.gallery, writable=True) as gallery:
+        removed = gallery.remove([str(path.resolve()) for path in args.paths])
+        print(f"{args.gallery}: {removed} removed; {len(gallery)} pictures")
+
+
+def _index_info(args: argparse.Namespace) -> None:
+    from index.gallery import Gallery
+
+    with Gallery.open(args.gallery) as gallery:
+        info = gallery.info()
+    if args.json:
+        print(json.dumps(info, indent=2))
+    else:
+        print("\n".join(f"{key:9} {value}" for key, value in info.items()))
+
+
+def _search(args: argparse.Namespace) -> None:
+    from training.errors import InputError
+    from vse_app.search_engine import SearchEngine
+
+    if (args.text is None) == (args.image is None):
+        raise InputError("search: give a text or --image FILE, one of the two")
+    with SearchEngine.open(args.gallery) as engine:
+        hits = engine.search_image(args.image, args.k) if args.image else engine.search_text(args.text, args.k)
+    if args.json:
+        records = [{"path": h.item.path, "score": h.score, "caption": h.item.caption} for h in hits]
+        print(json.dumps(records, indent=2, ensure_ascii=False))
+        return
+    for rank, hit in enumerate(hits, 1):
+        print(f"{rank:3}  {hit.score:6.3f}  {hit.item.path}" + (f"  “{hit.item.caption}”" if hit.item.caption else ""))
+    if not hits:
+        print("the gallery is empty", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
