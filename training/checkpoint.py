@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.optim import Optimizer
 
 from training.errors import InputError
-from training.files import write_with
+from training.files import replacing
 
 
 def save_state(path: Path, tensors: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> None:
@@ -23,13 +23,17 @@ def save_state(path: Path, tensors: dict[str, dict[str, Tensor]], record: dict[s
         path: Replaced only when the new state is complete.
         tensors: ``{group: {name: tensor}}``.
         record: JSON values: step, epoch, best score, …
+
+    Raises:
+        OSError: If it cannot be written; the previous state is still there.
     """
     flat = {f"{group}/{name}": tensor for group, named in tensors.items() for name, tensor in named.items()}
     flat["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         flat["random/cuda"] = torch.cuda.get_rng_state()
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in flat.items()}
-    write_with(path, lambda name: save_file(contiguous, name, metadata={"record": json.dumps(record)}))
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(contiguous, metadata={"record": json.dumps(record)}))
 
 
 def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -45,11 +49,11 @@ def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
                 group, _, name = key.partition("/")
                 groups.setdefault(group, {})[name] = file.get_tensor(key)
             record: dict[str, Any] = json.loads((file.metadata() or {})["record"])
+        random = groups.pop("random")
     except FileNotFoundError:
-        raise InputError(f"{path}: no state to resume from; run without --resume") from None
+        raise InputError(f"{path}: no state to resume from; start again with another --out") from None
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise InputError(f"{path}: damaged ({error}); start again without --resume") from None
-    random = groups.pop("random")
+        raise InputError(f"{path}: damaged ({error}); start again with another --out") from None
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tomllib
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -153,6 +154,45 @@ def to_toml(config: Config) -> str:
 
 def _scalar(value: str | int | float | bool) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+
+
+_LEAST = {
+    "checkpoint_every": 1,
+    "loss.warmup_epochs": 0,
+    "model.dim": 1,
+    "model.image.dropout": 0,
+    "model.image.hidden": 1,
+    "model.text.dropout": 0,
+    "model.text.hidden": 1,
+    "model.text.max_tokens": 3,
+    "model.text.word_dim": 1,
+    "optim.backbone_lr": 0,
+    "optim.batch_size": 2,
+    "optim.clip": 0,
+    "optim.decay_epochs": 1,
+    "optim.epochs": 1,
+    "optim.lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "patience": 0,
+    "seed": 0,
+    "validate_every": 0,
+    "workers": 0,
+}
+
+
+def check_ranges(config: Config) -> None:
+    """Refuse numbers that no run can have; losses and transforms check their own.
+
+    Raises:
+        InputError: Naming the first such setting.
+    """
+    for name, least in _LEAST.items():
+        value = attrgetter(name)(config)
+        if not value >= least:
+            raise InputError(f"{name} = {value!r} must be at least {least}")
+        if name.endswith("dropout") and value >= 1:
+            raise InputError(f"{name} = {value!r} must be below 1")
 
 
 def difference(a: Config, b: Config) -> str | None:

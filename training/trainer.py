@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from training.checkpoint import load_state, optimizer_tensors, restore_optimizer, save_state
-from training.config import Config, LossConfig, to_toml
+from training.config import Config, LossConfig, check_ranges, difference, from_dict, to_toml
 from training.data.batches import Batch, Pairs, ShuffledBatches, load_epoch
 from training.data.corpus import Corpus
 from training.data.formats import load_corpus
@@ -26,7 +27,7 @@ from training.evaluation.protocols import evaluate
 from training.files import write_text
 from training.losses import CollapseDetector, Curriculum, InfoNCE, Loss, SigmoidLoss, SumOfHinges
 from training.model_card import model_card
-from training.models.dual_encoder import DualEncoder
+from training.models.dual_encoder import WEIGHTS_FILE, DualEncoder
 from training.models.features import corpus_inputs, encode_corpus
 from training.models.hub import locate
 from training.models.similarity import Similarity
@@ -73,14 +74,13 @@ class Trainer:
     def __init__(self, config: Config, resume: bool = False) -> None:
         self.config = config
         self.out = Path(config.out)
-        if not resume and (self.out / STATE_FILE).exists():
+        check_ranges(config)
+        if not resume and any((self.out / name).exists() for name in (STATE_FILE, WEIGHTS_FILE)):
             raise InputError(f"{self.out}: holds a run already; add --resume or choose another --out")
         self.train_corpus = load_corpus(config.data, config.train_split)
         self.val_corpus = load_corpus(config.data, config.val_split)
         if len(self.train_corpus.image_ids) < 2:
             raise InputError(f"{config.data} [{config.train_split}]: one image has no negatives; add images")
-        if config.optim.batch_size < 2:
-            raise InputError("optim.batch_size must be at least 2: negatives come from the batch")
 
         torch.manual_seed(config.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,11 +100,12 @@ class Trainer:
         self.validations_since_best = 0
         self.seconds = 0.0
         self._started = time.monotonic()
+        self._writer = _tensorboard(self.out) if config.tensorboard else None
         if resume:
             self._restore()
-        self.out.mkdir(parents=True, exist_ok=True)
         write_text(self.out / CONFIG_FILE, to_toml(config))
-        self._writer = _tensorboard(self.out) if config.tensorboard else None
+        if not resume:
+            self._save()  # from here on a killed run can be resumed
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, or to the point where patience runs out.
@@ -126,6 +127,7 @@ class Trainer:
                 desc=f"epoch {epoch + 1}/{config.optim.epochs}",
                 unit="pair",
                 leave=False,
+                disable=None,
             )
             self.model.train()
             with bar:
@@ -142,10 +144,9 @@ class Trainer:
                             break
                     elif self.step % config.checkpoint_every == 0:
                         self._save()
-        if self.best is None:
-            raise InputError(f"{self.out}: nothing to train; optim.epochs must be at least 1")
         if self._writer is not None:
             self._writer.close()
+        assert self.best is not None, "every epoch ends with a validation"
         return self.best
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
@@ -251,6 +252,7 @@ class Trainer:
         }
         metrics = self.out / METRICS_FILE
         record = {
+            "config": asdict(self.config),
             "step": self.step,
             "best": self.best,
             "validations_since_best": self.validations_since_best,
@@ -263,9 +265,13 @@ class Trainer:
     def _restore(self) -> None:
         path = self.out / STATE_FILE
         tensors, record = load_state(path)
+        saved = replace(from_dict(record["config"], str(path)), out=self.config.out)  # a run may be moved
+        changed = difference(saved, self.config)
+        if changed:
+            raise InputError(f"{path}: the run was started with other settings ({changed}); choose another --out")
         self.model.load_trained_state(tensors["model"], str(path))
         self.loss.load_state_dict(tensors.get("loss", {}))
-        restore_optimizer(self.optimizer, tensors["optimizer"])
+        restore_optimizer(self.optimizer, tensors.get("optimizer", {}))
         self.detector.load_state_dict(record["detector"])
         self.step, self.best = record["step"], record["best"]
         self.validations_since_best = record["validations_since_best"]
@@ -288,8 +294,6 @@ class Trainer:
 
 def _with_feature_dim(config: Config, corpus: Corpus) -> Config:
     """Take the width of precomputed features from the data where the configuration leaves it open."""
-    from dataclasses import replace
-
     image = config.model.image
     if image.encoder != "precomputed" or image.feature_dim or corpus.features is None:
         return config

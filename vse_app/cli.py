@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         run(args, rest) if run is _train else run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("vse: interrupted")
-    except BrokenPipeError:  # `vse search … | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `vse search … | head`; what is left in the buffer must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _refuse(f"{where}{error.strerror or error}; what was there before is unchanged")
@@ -195,21 +197,22 @@ def _evaluate(args: argparse.Namespace) -> None:
     scores = model.similarity.scores
     metrics = evaluate(images, captions, corpus.owner, scores, args.folds, args.ties)
     record = json.dumps(metrics.to_json(args.data, args.split), indent=2)
-    if args.json == Path("-"):
-        print(record)
-    else:
-        print(format_table(metrics, args.data, args.split))
+    piped = args.json == Path("-")
+    print(record if piped else format_table(metrics, args.data, args.split))
     if args.worst:
-        print(format_worst(worst_queries(retrieval_ranks(images, captions, corpus.owner, scores), corpus, args.worst)))
-    if args.json and args.json != Path("-"):
+        worst = worst_queries(retrieval_ranks(images, captions, corpus.owner, scores), corpus, args.worst)
+        print(format_worst(worst), file=sys.stderr if piped else sys.stdout)
+    if args.json and not piped:
         write_text(args.json, record + "\n")
 
 
 def _index_add(args: argparse.Namespace) -> None:
+    from training.data.images import find_images
     from vse_app.search_engine import SearchEngine
 
+    files = find_images(args.paths)  # a wrong path is refused before a gallery is made
     with SearchEngine.open_or_create(args.gallery, args.model) as engine:
-        report = engine.add(args.paths)
+        report = engine.add(files)
         total = len(engine.gallery)
     if args.json:
         print(json.dumps({**report.to_json(), "items": total}, indent=2))

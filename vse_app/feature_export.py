@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from training.data.batches import Pixels
 from training.data.formats import load_corpus, precomputed
@@ -32,18 +33,20 @@ def export_features(data: str, splits: list[str], config: ImageTowerConfig, out:
         One line per finished split.
 
     Raises:
-        InputError: If the corpus has no pictures or the encoder cannot be had.
+        InputError: If a split is missing or has no pictures, or the encoder cannot be had.
     """
-    backbone = build_image_backbone(config)
-    if not isinstance(backbone, PixelBackbone):
-        raise InputError(f"--image-encoder {config.encoder}: computes nothing; use torchvision:NAME or hf:REPO")
-    tower = Tower(backbone, config, dim=1, absolute=False)
-    own = backbone.preprocessing
-    transform = ImageTransform(own.size, own.resize, own.interpolation)
-    for split in splits:
-        corpus = load_corpus(data, split)
+    corpora = {split: load_corpus(data, split) for split in splits}  # hours may pass before the last is written
+    for split, corpus in corpora.items():
         if not corpus.images:
             raise InputError(f"{data} [{split}]: holds features already; give a data set with pictures")
+    if ":" not in config.encoder:
+        raise InputError(f"--image-encoder {config.encoder}: is not pretrained; use torchvision:NAME or hf:REPO")
+    backbone = build_image_backbone(config)
+    assert isinstance(backbone, PixelBackbone)
+    tower = Tower(backbone, config, dim=1, absolute=False).to("cuda" if torch.cuda.is_available() else "cpu")
+    own = backbone.preprocessing
+    transform = ImageTransform(own.size, own.resize, own.interpolation)
+    for split, corpus in corpora.items():
         features = cached_features(
             tower, Pixels(corpus.images, transform), f"{corpus.fingerprint()} {transform}", label=f"features {split}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -61,7 +62,7 @@ class SearchEngine:
             InputError: If its model cannot be loaded.
         """
         gallery = Gallery.open(directory, writable=writable)
-        return cls(DualEncoder.from_pretrained(gallery.model["name"]), gallery)
+        return cls._with_model(gallery, gallery.model["name"])
 
     @classmethod
     def open_or_create(cls, directory: Path, model: Path | None) -> SearchEngine:
@@ -72,9 +73,8 @@ class SearchEngine:
             model: Run directory or hub name; needed for a new gallery, checked against an old one.
         """
         if Gallery.exists(directory):
-            if model is None:
-                return cls.open(directory, writable=True)
-            return cls(DualEncoder.from_pretrained(model), Gallery.open(directory, writable=True))
+            gallery = Gallery.open(directory, writable=True)
+            return cls._with_model(gallery, model or gallery.model["name"])
         if model is None:
             raise InputError(f"{directory}: a new gallery needs a model; add --model RUN")
         encoder = DualEncoder.from_pretrained(model)
@@ -83,6 +83,14 @@ class SearchEngine:
         identity = {"name": name, "checksum": encoder.fingerprint()}
         gallery = Gallery.create(directory, dim=encoder.config.dim, metric=encoder.config.similarity, model=identity)
         return cls(encoder, gallery)
+
+    @classmethod
+    def _with_model(cls, gallery: Gallery, model: Path | str) -> SearchEngine:
+        with ExitStack() as resources:
+            resources.enter_context(gallery)
+            engine = cls(DualEncoder.from_pretrained(model), gallery)
+            resources.pop_all()
+        return engine
 
     def add(self, paths: Sequence[Path], captions: dict[Path, str] | None = None) -> AddReport:
         """Index pictures from files and folders; each batch is durable once the bar has moved past it.
@@ -96,9 +104,10 @@ class SearchEngine:
         """
         report = AddReport()
         stale = []
-        for path in find_images(paths):
+        files = {path.resolve(): path for path in find_images(paths)}  # links and spellings of a file are one picture
+        for target, path in files.items():
             status = path.stat() if path.exists() else None
-            if status and self.gallery.has_unchanged(str(path.resolve()), status.st_size, status.st_mtime_ns):
+            if status and self.gallery.has_unchanged(str(target), status.st_size, status.st_mtime_ns):
                 report.unchanged += 1
             else:
                 stale.append(path)

@@ -58,4 +58,5 @@ def _find(recipe: Path) -> Path:
     import training
 
     packaged = Path(training.__file__).parent / "recipes" / f"{recipe.name.removesuffix('.toml')}.toml"
-    return packaged if not recipe.exists() and packaged.exists() else recipe
+    bare = recipe.parent == Path()
+    return packaged if bare and packaged.exists() and not recipe.is_file() else recipe

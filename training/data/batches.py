@@ -39,16 +39,19 @@ class Inputs(Protocol):
 class Pixels:
     """Decoded pictures, uint8 ``(B, 3, S, S)``.
 
-    Without augmentation the result never changes, so pictures are decoded once and kept in memory while
-    they fit in ``PIXEL_MEMORY``.
+    Args:
+        sources: The pictures.
+        transform: Cuts them to size.
+        keep: They will be fetched again and again: decode them now and keep them in memory, if they never
+            change (no augmentation) and fit in ``PIXEL_MEMORY``.
     """
 
-    def __init__(self, sources: Sequence[ImageSource], transform: ImageTransform) -> None:
+    def __init__(self, sources: Sequence[ImageSource], transform: ImageTransform, keep: bool = False) -> None:
         self._sources = sources
         self._transform = transform
         self._kept: Tensor | None = None
         size = len(sources) * 3 * transform.size**2
-        if transform.augment == "none" and size <= PIXEL_MEMORY:
+        if keep and transform.augment == "none" and size <= PIXEL_MEMORY:
             kept = torch.empty((len(sources), 3, transform.size, transform.size), dtype=torch.uint8)
             for index in tqdm(range(len(sources)), desc="decode", unit="image", delay=2, leave=False):
                 kept[index] = self._decode(index, None)
@@ -203,5 +206,5 @@ def load_epoch(pairs: Pairs, batches: ShuffledBatches, epoch: int, start: int, w
         sampler=order,
         batch_size=None,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each loader would draw from the global one, and a resumed run would differ
     )

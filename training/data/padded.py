@@ -23,8 +23,7 @@ class Padded(NamedTuple):
 
     def to(self, device: torch.device) -> Padded:
         """The same rows on another device."""
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return Padded(self.values.to(device, non_blocking=True), mask)
+        return Padded(self.values.to(device), None if self.mask is None else self.mask.to(device))
 
 
 def pad(rows: Sequence[Tensor]) -> Padded:

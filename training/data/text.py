@@ -51,6 +51,8 @@ class WordTokenizer:
     RULE = "words-v1"
 
     def __init__(self, words: Sequence[str], *, min_count: int, source: str, max_tokens: int = 64) -> None:
+        if max_tokens < 3:
+            raise InputError(f"text.max_tokens {max_tokens}: must be at least 3, for <start>, a word and <end>")
         self.words = list(words)
         self.min_count = min_count
         self.source = source
@@ -105,33 +107,33 @@ class WordTokenizer:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["rule"] != cls.RULE:
-                raise InputError(f"{path}: words were split by {record['rule']!r}, this version knows {cls.RULE!r}")
+                raise InputError(f"{path}: words were split by {record['rule']!r}, here by {cls.RULE!r}; update vse")
             return cls(
                 record["words"],
                 min_count=record["min_count"],
                 source=record["source"],
                 max_tokens=record["max_tokens"],
             )
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: not a vocabulary ({error}); restore the run's own file") from None
 
 
 class HubTokenizer:
-    """A Hugging Face tokenizer with its special tokens, cut to ``max_tokens``."""
+    """A Hugging Face tokenizer with its special tokens, cut to ``max_tokens`` or what its model can take."""
 
     def __init__(self, tokenizer: Any, max_tokens: int = 64) -> None:
         self._tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        self.max_tokens = min(max_tokens, tokenizer.model_max_length)
 
     @classmethod
     def load(cls, name: str | Path, max_tokens: int = 64) -> HubTokenizer:
-        """From a directory or a hub name."""
+        """From a directory or a hub name. Raises :class:`InputError` if there is none."""
         from transformers import AutoTokenizer
 
         try:
             return cls(AutoTokenizer.from_pretrained(str(name)), max_tokens)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].strip()
             raise InputError(f"{name}: no tokenizer can be loaded ({reason}); check the name or the network") from None
 
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
@@ -146,8 +148,6 @@ class HubTokenizer:
         self._tokenizer.save_pretrained(str(directory))
 
 
-def load_tokenizer(directory: Path, max_tokens: int) -> Tokenizer:
-    """The tokenizer that was saved with a model."""
-    if (directory / VOCABULARY_FILE).exists():
-        return WordTokenizer.load(directory)
-    return HubTokenizer.load(directory, max_tokens)
+def load_tokenizer(directory: Path, encoder: str, max_tokens: int) -> Tokenizer:
+    """The tokenizer that was saved with a model whose text encoder is ``encoder``."""
+    return WordTokenizer.load(directory) if encoder == "gru" else HubTokenizer.load(directory, max_tokens)

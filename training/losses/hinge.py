@@ -85,8 +85,8 @@ class MaxOfHinges(HingeLoss):
     Visual-Semantic Embeddings with Hard Negatives*, 2018, section 3.2).
 
     Only 3B scores carry a gradient. The hardest negatives are found without a graph, a block of rows at a
-    time, and those 3B scores alone are computed again and differentiated: loss and gradient are those of
-    the full score matrix, at about one matrix product instead of three and O(B) memory for the graph.
+    time, and those 3B scores alone are differentiated: loss and gradient are those of the full score
+    matrix, at one product of embedding matrices instead of three, and no (B, B) matrix is kept.
 
     Requirements:
         Same-image rows must share an id: a second caption of the same image is almost surely the hardest

@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.config import from_dict
 from training.data.batches import Inputs, Pixels, Tokens
 from training.data.corpus import ImageSource
 from training.data.images import ImageTransform
-from training.data.text import Tokenizer, WordTokenizer, load_tokenizer
+from training.data.text import VOCABULARY_FILE, Tokenizer, WordTokenizer, load_tokenizer
 from training.errors import InputError
-from training.files import write_text, write_with
-from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from training.files import replacing_files
+from training.models.config import ModelConfig
 from training.models.hub import checksum, locate, unavailable
 from training.models.image_tower import PixelBackbone, build_image_backbone
 from training.models.similarity import SIMILARITIES, Similarity
@@ -87,7 +88,7 @@ class DualEncoder(nn.Module):
         own = backbone.preprocessing
         return ImageTransform(own.size, own.resize, own.interpolation, augment)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, side: str, inputs: Inputs, batch_size: int = 64, project: bool = False) -> Tensor:
         """Embed every row of ``inputs`` in evaluation mode; the previous mode of each module is restored.
 
@@ -130,15 +131,16 @@ class DualEncoder(nn.Module):
     def save_pretrained(self, directory: str | Path, card: str | None = None) -> None:
         """Write ``config.json``, ``model.safetensors``, the tokenizer and the model card.
 
-        Frozen backbones are named with their checksum, not copied. Each file replaces the old one only
-        once it is complete, the weights last.
+        Frozen backbones are named with their checksum, not copied. The files replace the old ones only
+        once all of them are complete.
 
         Args:
             directory: Created if needed.
             card: Markdown for ``README.md``; without it an existing card is kept.
+
+        Raises:
+            OSError: If the directory cannot be written; what it held is still there.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         record = {
             "format": FORMAT,
             **asdict(self.config),
@@ -151,25 +153,29 @@ class DualEncoder(nn.Module):
                 for side, tower in (("image", self.image_tower), ("text", self.text_tower))
                 if tower.checksum
             },
+            "vocabulary": _source(self.tokenizer),
         }
-        self.tokenizer.save(directory)
-        if card is not None:
-            write_text(directory / CARD_FILE, card)
-        write_text(directory / CONFIG_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         weights = {name: tensor.detach().contiguous() for name, tensor in self.trained_state().items()}
-        write_with(directory / WEIGHTS_FILE, lambda path: save_file(weights, path))
+        with replacing_files(Path(directory)) as complete:
+            self.tokenizer.save(complete)
+            if card is not None:
+                (complete / CARD_FILE).write_text(card, encoding="utf-8")
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            (complete / CONFIG_FILE).write_text(text, encoding="utf-8")
+            (complete / WEIGHTS_FILE).write_bytes(save(weights))
 
     def trained_state(self) -> dict[str, Tensor]:
         """The state dict without frozen backbones."""
         frozen = tuple(
             f"{name}.backbone." for name in ("image_tower", "text_tower") if getattr(self, name).config.frozen
         )
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen or ("\0",))}
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen)}
 
     def load_trained_state(self, state: dict[str, Tensor], origin: str) -> None:
         """Inverse of :meth:`trained_state`. Raises :class:`InputError` if ``state`` is another model's."""
         expected = self.trained_state()
-        for name in expected.keys() ^ state.keys():
+        if strange := expected.keys() ^ state.keys():
+            name = min(strange)
             raise InputError(f"{origin}: weights of another configuration (at {name}); restore the run's own files")
         for name, tensor in state.items():
             if tensor.shape != expected[name].shape:
@@ -193,17 +199,16 @@ class DualEncoder(nn.Module):
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["format"] != FORMAT:
                 raise InputError(f"{path}: format {record['format']}, this version reads {FORMAT}; update vse")
-            config = ModelConfig(
-                image=ImageTowerConfig(**record["image"]),
-                text=TextTowerConfig(**record["text"]),
-                **{key: record[key] for key in ("dim", "similarity", "absolute")},
-            )
+            settings = {key: record[key] for key in ("image", "text", "dim", "similarity", "absolute")}
             architectures, frozen = record["architectures"], record["frozen"]
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; give the directory that vse train wrote") from None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; give the directory that vse train wrote") from None
+        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: not a model configuration ({error}); restore the run's own file") from None
-        tokenizer = load_tokenizer(directory, config.text.max_tokens)
+        config = from_dict({"model": settings}, str(path)).model
+        tokenizer = load_tokenizer(directory, config.text.encoder, config.text.max_tokens)
+        if record.get("vocabulary") not in (None, _source(tokenizer)):
+            raise InputError(f"{directory / VOCABULARY_FILE}: another model's vocabulary; restore the run's own file")
         model = cls(config, tokenizer, pretrained=False, architectures=architectures)
         for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
             if tower.checksum != frozen.get(side):
@@ -222,6 +227,11 @@ class DualEncoder(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 over all weights: equal models embed equally."""
         return checksum(self)
+
+
+def _source(tokenizer: Tokenizer) -> str | None:
+    """What a word vocabulary was fitted on."""
+    return tokenizer.source if isinstance(tokenizer, WordTokenizer) else None
 
 
 class _Ready:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +36,12 @@ def feature_key(tower: Tower, input_identity: str) -> str:
     """Equal exactly when the features would be: same weights, same preprocessing, same inputs.
 
     Args:
-        tower: Frozen tower; its checksum stands for the weights.
+        tower: Frozen tower; its checksum stands for the weights, its architecture for the preprocessing.
         input_identity: Fingerprint of the rows and of how they are prepared (pixels or token ids).
     """
     stage = "tokens" if tower.pooling is not None else tower.config.pooling
-    parts = [str(tower.checksum), stage, input_identity]
+    architecture = json.dumps(tower.backbone.architecture, sort_keys=True)
+    parts = [str(tower.checksum), architecture, stage, input_identity]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -53,7 +57,7 @@ def cached_features(
     """Features of every input row, from the cache as far as they are there.
 
     Rows are float16 on disk. They are computed in chunks; after each, data and then a progress mark reach
-    the disk, so a killed run goes on where it stopped.
+    the disk, so a killed run goes on where it stopped. A second process waits for the first.
 
     Args:
         tower: Frozen tower, on the device it should run on.
@@ -65,45 +69,55 @@ def cached_features(
 
     Returns:
         Pooled features ``(N, F)``; all tokens where the pooling is trainable.
+
+    Raises:
+        InputError: If the disk has too little room.
     """
     directory = (root or cache_root()) / feature_key(tower, input_identity)
     progress, values_file = directory / "progress.json", directory / "values.npy"
     count = len(inputs)
     device = next(tower.parameters()).device
-    tower.eval()
+    tower.backbone.eval()
 
     def run(indices: NDArray[np.int64]) -> Padded:
         with torch.inference_mode():
             return tower.features(*inputs.fetch(indices, None).to(device))
 
     lengths = np.asarray(inputs.lengths, dtype=np.int64)
-    record = json.loads(progress.read_text()) if progress.exists() else None
-    if record is None:
-        directory.mkdir(parents=True, exist_ok=True)
-        sample = run(np.arange(min(1, count))).values
-        tokens = sample.ndim == 3
-        if tokens and (lengths == 1).all():  # a picture is one input row and a whole grid of tokens
-            lengths = np.full(count, sample.shape[1])
-        shape = (int(lengths.sum()) if tokens else count, sample.shape[-1])
-        np.lib.format.open_memmap(values_file, "w+", np.float16, shape).flush()
-        offsets = np.concatenate([[0], lengths.cumsum()]) if tokens else None
-        if offsets is not None:
-            np.save(directory / "offsets.npy", offsets)
-        record = {"rows": 0, "tokens": tokens, "label": label}
-    offsets = np.load(directory / "offsets.npy") if record["tokens"] else None
+    ragged = tower.pooling is not None and bool((lengths > 1).any())
+    offsets = np.concatenate([[0], lengths.cumsum()]) if ragged else None
 
-    if record["rows"] < count:
-        values = np.lib.format.open_memmap(values_file, "r+")
-        with tqdm(total=count, initial=record["rows"], desc=label, unit="row", delay=2) as bar:
-            for start in range(record["rows"], count, CHUNK):
-                rows = np.arange(start, min(start + CHUNK, count))
-                by_length = rows[np.argsort(lengths[rows], kind="stable")]  # little padding per batch
-                for batch in np.split(by_length, range(batch_size, len(rows), batch_size)):
-                    _store(values, offsets, batch, run(batch))
-                    bar.update(len(batch))
-                values.flush()
-                write_text(progress, json.dumps({**record, "rows": int(rows[-1]) + 1}))
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if progress.exists():
+            done = int(json.loads(progress.read_text(encoding="utf-8"))["rows"])
+        else:
+            done, row = 0, run(np.arange(1)).values.shape[1:]
+            _reserve(values_file, (int(lengths.sum()), row[-1]) if ragged else (count, *row))
+        if done < count:
+            values = np.lib.format.open_memmap(values_file, "r+")
+            with tqdm(total=count, initial=done, desc=label, unit="row", delay=2) as bar:
+                for start in range(done, count, CHUNK):
+                    rows = np.arange(start, min(start + CHUNK, count))
+                    by_length = rows[np.argsort(lengths[rows], kind="stable")]  # little padding per batch
+                    for batch in np.split(by_length, range(batch_size, len(rows), batch_size)):
+                        _store(values, offsets, batch, run(batch))
+                        bar.update(len(batch))
+                    values.flush()
+                    write_text(progress, json.dumps({"rows": int(rows[-1]) + 1, "label": label}))
     return Features(np.load(values_file, mmap_mode="r", allow_pickle=False), offsets)
+
+
+def _reserve(file: Path, shape: tuple[int, ...]) -> None:
+    """A float16 array on disk, written where there is room: a full disk kills a process that maps a file."""
+    size, free = 2 * math.prod(shape), shutil.disk_usage(file.parent).free
+    if size > free:
+        raise InputError(
+            f"{file}: the features take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "make room or set VSE_CACHE to a directory on another disk"
+        )
+    np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
 
 
 def _store(
@@ -128,6 +142,7 @@ def corpus_inputs(model: DualEncoder, corpus: Corpus, side: str, augment: str = 
             their widths disagree.
     """
     tower: Tower = model.image_tower if side == "image" else model.text_tower
+    cached = tower.config.frozen and augment == "none"
     if side == "text":
         inputs: Inputs = Tokens(corpus.captions, model.tokenizer)
         identity = f"{corpus.fingerprint()} {tower.config.encoder} {model.config.text.max_tokens}"
@@ -138,9 +153,9 @@ def corpus_inputs(model: DualEncoder, corpus: Corpus, side: str, augment: str = 
             raise InputError(f"{corpus.name}: holds features {width} wide, the model takes {wanted}")
         return Features(corpus.features), False
     else:
-        inputs = Pixels(corpus.images, model.transform(augment))
+        inputs = Pixels(corpus.images, model.transform(augment), keep=not cached)
         identity = f"{corpus.fingerprint()} {model.transform()}"
-    if not tower.config.frozen or augment != "none":
+    if not cached:
         return inputs, False
     label = f"{tower.config.encoder.rsplit('/', 1)[-1]} {corpus.split}"
     return cached_features(tower, inputs, identity, label=label), True

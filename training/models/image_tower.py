@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.data.padded import Padded
@@ -95,7 +97,7 @@ def small_cnn(side: int) -> tuple[nn.Module, int]:
     return network, 128 * math.ceil(side / 16) ** 2
 
 
-def _torchvision(name: str, pretrained: bool) -> PixelBackbone:
+def _torchvision(name: str, pretrained: bool, config: ImageTowerConfig) -> PixelBackbone:
     """``NAME[@WEIGHTS]``; WEIGHTS is a torchvision weights name, ``none``, or a safetensors file."""
     import torchvision
 
@@ -112,26 +114,26 @@ def _torchvision(name: str, pretrained: bool) -> PixelBackbone:
         if not pretrained or weights == "none":
             model = builder(weights=None)
         elif file.is_file():
-            from safetensors.torch import load_file
-
             model = builder(weights=None)
             model.load_state_dict(load_file(file))
         else:
             model = builder(weights=weights or "DEFAULT")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise unavailable(f"torchvision:{name}", error) from None
     if hasattr(model, "layer4"):  # ResNet and its relatives
         network: nn.Module = nn.Sequential(*list(model.children())[:-2])
     elif hasattr(model, "features"):
         network = model.features
+        if hasattr(model, "permute"):  # Swin transformers keep features last
+            network = nn.Sequential(network, model.norm, model.permute)
     else:
         raise InputError(f"torchvision:{name}: no convolutional grid to pool; take a convolutional network or hf:")
     with torch.no_grad():
         dim = network.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
-    return PixelBackbone(network, dim, Preprocessing(224, 256, interpolation="bilinear"))
+    return PixelBackbone(network, dim, _resized(Preprocessing(224, 256, interpolation="bilinear"), config))
 
 
-def _hub(name: str, architecture: dict[str, Any] | None) -> PixelBackbone:
+def _hub(name: str, architecture: dict[str, Any] | None, wanted: ImageTowerConfig) -> PixelBackbone:
     """Any vision network that transformers' AutoModel loads, timm's included."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -140,20 +142,21 @@ def _hub(name: str, architecture: dict[str, Any] | None) -> PixelBackbone:
     try:
         if architecture is None:
             config = AutoConfig.from_pretrained(where)
-            model = AutoModel.from_pretrained(where, dtype=torch.float32)
+            model = AutoModel.from_pretrained(where, dtype=torch.float32, use_safetensors=True)
             preprocessing = _hub_preprocessing(config, where, AutoImageProcessor)
         else:
             config = AutoConfig.for_model(**architecture["config"])
-            model = AutoModel.from_config(config)
+            model = AutoModel.from_config(config, dtype=torch.float32)
             preprocessing = Preprocessing(**architecture["preprocessing"])
-    except (OSError, ValueError, ImportError) as error:
+        network = getattr(model, "vision_model", model)  # CLIP-like pairs hold both towers
+        backbone = PixelBackbone(network, 0, _resized(preprocessing, wanted))
+        with torch.no_grad():
+            size = backbone.preprocessing.size
+            backbone.dim = backbone.eval()(torch.zeros(1, 3, size, size)).values.shape[-1]
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise unavailable(f"hf:{name}", error) from None
-    network = getattr(model, "vision_model", model)  # CLIP-like pairs hold both towers
-    size = preprocessing.size
-    backbone = PixelBackbone(network, 0, preprocessing)
-    with torch.no_grad():
-        backbone.eval()
-        backbone.dim = backbone(torch.zeros(1, 3, size, size)).values.shape[-1]
     backbone.architecture["config"] = portable(config)
     return backbone
 
@@ -182,15 +185,13 @@ def _hub_preprocessing(config: Any, where: str, processors: Any) -> Preprocessin
     )
 
 
-def _resized(backbone: PixelBackbone, config: ImageTowerConfig) -> PixelBackbone:
+def _resized(own: Preprocessing, config: ImageTowerConfig) -> Preprocessing:
     """Apply the input size that the configuration asks for."""
-    own = backbone.preprocessing
     size = config.size or own.size
     resize = config.resize or (size if config.size else own.resize)
     if resize < size:
         raise InputError(f"image.resize {resize} is smaller than image.size {size}; make it at least as large")
-    backbone.preprocessing = replace(own, size=size, resize=resize)
-    return backbone
+    return replace(own, size=size, resize=resize)
 
 
 def build_image_backbone(
@@ -208,17 +209,16 @@ def build_image_backbone(
     """
     kind, _, name = config.encoder.partition(":")
     if config.encoder == "small-cnn":
-        size = config.size or 64
-        preprocessing = Preprocessing(size, config.resize or size, (0.5,) * 3, (0.25,) * 3, "bilinear")
-        return PixelBackbone(*small_cnn(size), preprocessing)
+        preprocessing = _resized(Preprocessing(64, 64, (0.5,) * 3, (0.25,) * 3, "bilinear"), config)
+        return PixelBackbone(*small_cnn(preprocessing.size), preprocessing)
     if config.encoder == "precomputed":
         if config.feature_dim < 1:
             raise InputError("image.encoder precomputed: image.feature_dim must be the width of the features")
         return PrecomputedBackbone(config.feature_dim)
     if kind == "torchvision" and name:
-        return _resized(_torchvision(name, pretrained), config)
+        return _torchvision(name, pretrained, config)
     if kind == "hf" and name:
-        return _resized(_hub(name, None if pretrained else architecture), config)
+        return _hub(name, None if pretrained else architecture, config)
     raise InputError(
         f"image.encoder {config.encoder!r} is unknown; use small-cnn, torchvision:NAME, hf:REPO_OR_DIR or precomputed"
     )

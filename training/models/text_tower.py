@@ -87,11 +87,11 @@ def build_text_backbone(
         try:
             if pretrained or architecture is None:
                 hub_config = AutoConfig.from_pretrained(where)
-                model = AutoModel.from_pretrained(where, dtype=torch.float32)
+                model = AutoModel.from_pretrained(where, dtype=torch.float32, use_safetensors=True)
             else:
                 hub_config = AutoConfig.for_model(**architecture["config"])
-                model = AutoModel.from_config(hub_config)
-        except (OSError, ValueError, ImportError) as error:
+                model = AutoModel.from_config(hub_config, dtype=torch.float32)
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             raise unavailable(config.encoder, error) from None
         return HubText(getattr(model, "text_model", model), hub_config)
     raise InputError(f"text.encoder {config.encoder!r} is unknown; use gru or hf:REPO_OR_DIR")

@@ -52,6 +52,8 @@ class Tower(nn.Module):
         self.head = build_head(config, width, dim)
         self.checksum: str | None = None
         if config.frozen:
+            if config.encoder in ("small-cnn", "gru") or config.encoder.endswith("@none"):
+                raise InputError(f"{config.encoder}: has no pretrained weights to freeze; leave out frozen")
             self.backbone.requires_grad_(False)
             self.checksum = checksum(backbone)
 
@@ -66,16 +68,22 @@ class Tower(nn.Module):
         return self
 
     def features(self, values: Tensor, mask: Tensor | None = None) -> Padded:
-        """Backbone and parameter-free pooling: ``(B, F)``, or tokens ``(B, T, F)`` for GPO."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
+        """Backbone and parameter-free pooling: ``(B, F)``, or tokens ``(B, T, F)`` for GPO.
+
+        A frozen backbone is differentiated only where ``values`` are, as when pixels are perturbed.
+        """
+        wanted = not self.config.frozen or values.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             tokens, token_mask = self.backbone(values, mask)
-        if self.pooling is not None or tokens.ndim == 2:
+        if tokens.ndim == 2:
+            tokens = tokens[:, None]  # a single vector is a set of one
+        if self.pooling is not None:
             return Padded(tokens, token_mask)
         return Padded(PARAMETER_FREE[self.config.pooling](tokens, token_mask))
 
     def project(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Features → embeddings ``(B, D)``, unit length if the configuration says so."""
-        if self.pooling is not None and features.ndim == 3:
+        if self.pooling is not None:
             features = self.pooling(features, mask)
         if self.config.normalise_features:
             features = F.normalize(features, dim=-1)
