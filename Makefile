@@ -1,5 +1,4 @@
 # make demo and make test need Python >= 3.11 and nothing else; each creates .venv on first use.
-# PIP_INSTALL_TORCH names what to install PyTorch with, e.g. the CPU build (see README).
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -17,7 +16,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	for script in benchmarks/loss.py benchmarks/evaluation.py; do $(BIN)/python $$script || exit 1; done
+	for name in loss evaluation; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -114,6 +114,11 @@ def _build(kind: type[Any], record: dict[str, Any], origin: str, prefix: str) ->
                 raise InputError(f"{origin}: {name} must be a table")
             values[key] = _build(wanted, value, origin, f"{name}.")
             continue
+        if wanted == tuple[int, ...]:
+            if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
+                raise InputError(f"{origin}: {name} = {value!r} must be a list of whole numbers")
+            values[key] = tuple(value)
+            continue
         choices = get_args(wanted)
         if choices and value not in choices:
             raise InputError(f"{origin}: {name} = {value!r}; choose from {', '.join(map(repr, choices))}")
@@ -152,7 +157,9 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _scalar(value: str | int | float | bool) -> str:
+def _scalar(value: str | int | float | bool | tuple[int, ...]) -> str:
+    if isinstance(value, tuple):
+        return repr(list(value))
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
 
 

@@ -28,9 +28,10 @@ from training.files import write_text
 from training.losses import CollapseDetector, Curriculum, InfoNCE, Loss, SigmoidLoss, SumOfHinges
 from training.model_card import model_card
 from training.models.dual_encoder import WEIGHTS_FILE, DualEncoder
-from training.models.features import corpus_inputs, encode_corpus
+from training.models.features import corpus_encoder, corpus_inputs
 from training.models.hub import locate
 from training.models.similarity import Similarity
+from training.models.tower import default_device
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,12 @@ class Trainer:
             raise InputError(f"{config.data} [{config.train_split}]: one image has no negatives; add images")
 
         torch.manual_seed(config.seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         model_config = _with_feature_dim(config, self.train_corpus).model
         self.model = DualEncoder(model_config, build_tokenizer(config, self.train_corpus)).to(self.device)
         images, self._images_cached = corpus_inputs(self.model, self.train_corpus, "image", config.augment)
         texts, self._texts_cached = corpus_inputs(self.model, self.train_corpus, "text")
+        self._encode_validation = corpus_encoder(self.model, self.val_corpus)
         self.pairs = Pairs(images, texts, self.train_corpus.owner, config.seed)
         self.batches = ShuffledBatches(len(self.pairs), config.optim.batch_size, config.seed)
         self.total_steps = config.optim.epochs * len(self.batches)
@@ -212,7 +214,7 @@ class Trainer:
         )
 
     def _validate(self, logged: dict[str, float]) -> None:
-        images, captions = encode_corpus(self.model, self.val_corpus)
+        images, captions = self._encode_validation()
         metrics = evaluate(images, captions, self.val_corpus.owner, self.model.similarity.scores)
         record = metrics.to_json(self.config.data, self.config.val_split)
         better = self.best is None or metrics.rsum > self.best["rsum"]

@@ -230,7 +230,7 @@ def _index_remove(args: argparse.Namespace) -> None:
 
     with Gallery.open(args.gallery, writable=True) as gallery:
         removed = gallery.remove([str(path.resolve()) for path in args.paths])
-        print(f"{args.gallery}: {removed} removed; {len(gallery)} pictures")
+        print(f"{args.gallery}: {removed} removed, {len(args.paths) - removed} not there; {len(gallery)} pictures")
 
 
 def _index_info(args: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from training.data.batches import Pixels
 from training.data.formats import load_corpus, precomputed
@@ -15,7 +14,7 @@ from training.errors import InputError
 from training.models.config import ImageTowerConfig
 from training.models.features import cached_features
 from training.models.image_tower import PixelBackbone, build_image_backbone
-from training.models.tower import Tower
+from training.models.tower import Tower, default_device
 
 DEV = {"val": "dev"}  # the layout's own name for the validation split
 
@@ -43,12 +42,15 @@ def export_features(data: str, splits: list[str], config: ImageTowerConfig, out:
         raise InputError(f"--image-encoder {config.encoder}: is not pretrained; use torchvision:NAME or hf:REPO")
     backbone = build_image_backbone(config)
     assert isinstance(backbone, PixelBackbone)
-    tower = Tower(backbone, config, dim=1, absolute=False).to("cuda" if torch.cuda.is_available() else "cpu")
+    tower = Tower(backbone, config, dim=1, absolute=False).to(default_device())
     own = backbone.preprocessing
     transform = ImageTransform(own.size, own.resize, own.interpolation)
     for split, corpus in corpora.items():
         features = cached_features(
-            tower, Pixels(corpus.images, transform), f"{corpus.fingerprint()} {transform}", label=f"features {split}"
+            tower,
+            Pixels(corpus.images, transform),
+            f"{corpus.fingerprint('image')} {transform}",
+            label=f"features {split}",
         )
         rows = features.fetch(np.arange(len(features)), None).values.numpy()
         name = DEV.get(split, split)

@@ -75,7 +75,7 @@ def test_from_data_to_search(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (again["added"], again["unchanged"], again["items"]) == (0, 62, 62)
     assert len(again["refused"]) == 3
 
-    assert "1 removed; 61 pictures" in vse("index", gallery, "remove", whole[0])
+    assert "1 removed, 0 not there; 61 pictures" in vse("index", gallery, "remove", whole[0])
     assert whole[0].exists()
     assert str(whole[0]) not in vse("search", gallery, "a red disc", "-k", 62)
     info = answer("index", gallery, "info")

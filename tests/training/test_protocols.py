@@ -18,8 +18,9 @@ from training.evaluation.protocols import (
     evaluate_ranks,
     worst_queries,
 )
-from training.evaluation.ranks import order_scores, ranks_from_scores, retrieval_ranks
+from training.evaluation.ranks import ranks_from_scores, retrieval_ranks
 from training.evaluation.report import format_table, markdown_table
+from training.models.similarity import order_scores
 
 
 def metrics(r1: float, ties: int = 0, images: int = 10) -> RetrievalMetrics:

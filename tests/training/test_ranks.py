@@ -11,14 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.errors import InputError
-from training.evaluation.ranks import (
-    RetrievalRanks,
-    Ties,
-    cosine_scores,
-    order_scores,
-    ranks_from_scores,
-    retrieval_ranks,
-)
+from training.evaluation.ranks import RetrievalRanks, Ties, ranks_from_scores, retrieval_ranks
+from training.models.similarity import order_scores
 
 HAND_MADE = np.array(
     [
@@ -177,23 +171,6 @@ def test_every_precision_ranks_the_values_it_holds(dtype: torch.dtype) -> None:
     assert ranks.t2i.tolist() == t2i
 
 
-def test_order_scores_equal_a_triple_loop() -> None:
-    generator = torch.Generator().manual_seed(6)
-    images = torch.randn(5, 600, generator=generator, dtype=torch.float64)
-    captions = torch.randn(900, 600, generator=generator, dtype=torch.float64)  # several tiles
-    captions[0] = images[0] - 1  # dominated everywhere
-    naive = [
-        [
-            -(sum(max(0.0, c - i) ** 2 for c, i in zip(caption, image, strict=True)) ** 0.5)
-            for caption in captions.tolist()
-        ]
-        for image in images.tolist()
-    ]
-    scores = order_scores(images, captions)
-    np.testing.assert_allclose(scores, naive, rtol=1e-12)
-    assert scores[0, 0] == 0
-
-
 def test_ranks_under_order_similarity() -> None:
     rng = np.random.default_rng(7)
     owner = ragged_owner(rng, 30)
@@ -214,7 +191,7 @@ def test_scores_that_round_with_their_shape_are_counted_again() -> None:
     def rounding(some_images: Tensor, some_captions: Tensor) -> Tensor:
         shapes.add((len(some_images), len(some_captions)))
         slack = 0.25 if len(some_captions) < 600 else 0.0
-        return cosine_scores(some_images, some_captions) + slack
+        return torch.inner(some_images, some_captions) + slack
 
     assert_same(
         retrieval_ranks(images, captions, owner, rounding, block=50),

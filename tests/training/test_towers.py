@@ -258,3 +258,28 @@ def test_order_embeddings_are_absolute() -> None:
         for x in images.tolist()
     ]
     torch.testing.assert_close(ORDER.scores(images, captions), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_hidden_states_side_by_side(tiny: Path) -> None:
+    narrow = image_tower(ImageTowerConfig(encoder=EFFICIENTNET, size=64)).backbone(pixels(64), None).values
+    tower = image_tower(ImageTowerConfig(encoder=EFFICIENTNET, size=64, layers=(-1, -2), pooling="mean+max"))
+    tokens = tower.backbone(pixels(64), None).values
+    assert tokens.shape == (2, 4, 1280 + 320 + 112)
+    torch.testing.assert_close(tokens[..., :1280], narrow)
+    assert tower(pixels(64)).shape == (2, 8)
+
+    text = build_text_backbone(TextTowerConfig(encoder=f"hf:{tiny / 'bert'}", layers=(0, 1)), 8, 0)
+    states = text(torch.tensor([[1, 2, 3]]), None).values
+    assert states.shape == (1, 3, 48)
+    torch.testing.assert_close(states[..., :16], states[..., 32:])  # the last of one layer is layer 1
+    assert not torch.equal(states[..., :16], states[..., 16:32])
+
+
+@pytest.mark.parametrize("layers", [(7,), (-9,)])
+def test_layers_that_are_not_there_are_refused(tiny: Path, layers: tuple[int, ...]) -> None:
+    for encoder in (f"hf:{tiny / 'vit'}", EFFICIENTNET, "small-cnn"):
+        with pytest.raises(InputError, match=r"^[^\n]*layers[^\n]*$"):
+            build_image_backbone(ImageTowerConfig(encoder=encoder, layers=layers))
+    for encoder in (f"hf:{tiny / 'bert'}", "gru"):
+        with pytest.raises(InputError, match=r"^[^\n]*layers[^\n]*$"):
+            build_text_backbone(TextTowerConfig(encoder=encoder, layers=layers), 8, 5)

@@ -20,7 +20,6 @@ from training.evaluation.ranks import (
     Similarity,
     Ties,
     checked_embeddings,
-    cosine_scores,
     retrieval_ranks,
 )
 
@@ -113,7 +112,7 @@ def evaluate(
     images: Tensor | NDArray[np.floating],
     captions: Tensor | NDArray[np.floating],
     owner: ArrayLike,
-    similarity: Similarity = cosine_scores,
+    similarity: Similarity = torch.inner,
     folds: int | None = None,
     ties: Ties = "pessimistic",
 ) -> RetrievalMetrics:

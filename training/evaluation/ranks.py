@@ -20,7 +20,6 @@ Ties: TypeAlias = Literal["pessimistic", "expected", "optimistic"]
 # takes for the large products, so that both give the same bits and the pass need not be repeated.
 _OWN_CAPTIONS = 512
 _UINT8_MAX = 255
-_ORDER_TILE = 1 << 17  # elements of a (c, D) tile: 0.5 MB of float32, which stays in the cache
 
 
 @dataclass(frozen=True)
@@ -46,33 +45,12 @@ class RetrievalRanks:
         return int(self.i2t_tied.sum() + self.t2i_tied.sum())
 
 
-def cosine_scores(images: Tensor, captions: Tensor) -> Tensor:
-    """Inner products ``(b, C)`` of ``(b, D)`` and ``(C, D)``: the cosine where rows have unit norm."""
-    return images @ captions.T
-
-
-def order_scores(images: Tensor, captions: Tensor) -> Tensor:
-    """Order similarity ``-||max(0, c - i)||_2``, ``(b, C)``, of ``(b, D)`` images and ``(C, D)`` captions.
-
-    Vendrov et al., "Order-embeddings of images and language" (2016). Works in tiles, never ``(b, C, D)``.
-    """
-    scores = images.new_empty(len(images), len(captions))
-    width = max(1, _ORDER_TILE // images.shape[1])
-    for first in range(0, len(captions), width):
-        tile = captions[first : first + width]  # (c, D)
-        excess = torch.empty_like(tile)
-        for row, image in enumerate(images):
-            torch.sub(tile, image, out=excess).clamp_(min=0)
-            scores[row, first : first + width] = torch.linalg.vector_norm(excess, dim=1)
-    return scores.neg_()
-
-
 @torch.no_grad()
 def retrieval_ranks(
     images: Tensor | NDArray[np.floating],
     captions: Tensor | NDArray[np.floating],
     owner: ArrayLike,
-    similarity: Similarity = cosine_scores,
+    similarity: Similarity = torch.inner,
     ties: Ties = "pessimistic",
     block: int = 250,
 ) -> RetrievalRanks:
@@ -86,8 +64,8 @@ def retrieval_ranks(
         images: ``(I, D)`` embeddings of the unique images; half precision is computed as float32.
         captions: ``(C, D)`` embeddings of the captions, on the same device.
         owner: int64 ``(C,)``; caption ``c`` describes image ``owner[c]``.
-        similarity: Scores ``(b, C)`` of a block of images ``(b, D)`` and captions ``(C, D)``;
-            :func:`cosine_scores`, :func:`order_scores`, or any function that repeats its results.
+        similarity: Scores ``(b, C)`` of a block of images ``(b, D)`` and captions ``(C, D)``, repeatable;
+            inner products, unless given, are cosines where rows have unit norm.
         ties: How equal scores are counted.
         block: Images per block; ``block * C`` scores are in memory at a time.
 

@@ -22,7 +22,7 @@ class ImageTowerConfig:
     hidden: int = 1024
     """Width of the hidden layer of an mlp head."""
     dropout: float = 0.0
-    """Dropout before the last layer of the head."""
+    """Dropout before every linear layer of the head."""
     frozen: bool = False
     """Keep the backbone as it is: stored by name and checksum, its features cached."""
     normalise_features: bool = False
@@ -33,6 +33,8 @@ class ImageTowerConfig:
     """Side of the square input in pixels; 0 is the backbone's own (64 for small-cnn)."""
     resize: int = 0
     """Length of the shorter side before the centre crop; 0 is the backbone's own, or size if that is given."""
+    layers: tuple[int, ...] = ()
+    """hf: indices of earlier hidden states whose features are laid beside the last one's."""
     feature_dim: int = 0
     """Width of precomputed features; 0 takes it from the data."""
 
@@ -50,13 +52,15 @@ class TextTowerConfig:
     hidden: int = 1024
     """Width of the hidden layer of an mlp head."""
     dropout: float = 0.0
-    """Dropout before the last layer of the head."""
+    """Dropout before every linear layer of the head."""
     frozen: bool = False
     """Keep the backbone as it is: stored by name and checksum, its features cached."""
     normalise_features: bool = False
     """l2-normalise pooled features before the head."""
     normalise: bool = True
     """l2-normalise embeddings."""
+    layers: tuple[int, ...] = ()
+    """hf: indices of earlier hidden states, 0 the word embeddings, laid beside the last one."""
     max_tokens: int = 64
     """Longer captions are cut."""
     min_count: int = 4

@@ -28,7 +28,7 @@ from training.models.hub import checksum, locate, unavailable
 from training.models.image_tower import PixelBackbone, build_image_backbone
 from training.models.similarity import SIMILARITIES, Similarity
 from training.models.text_tower import build_text_backbone
-from training.models.tower import Tower
+from training.models.tower import Tower, default_device
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -186,8 +186,12 @@ class DualEncoder(nn.Module):
         self.load_state_dict(state, strict=False)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: torch.device | str = "cpu") -> DualEncoder:
+    def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> DualEncoder:
         """Load from a directory written by :meth:`save_pretrained`, or from the hub.
+
+        Args:
+            name: The directory, or the hub name.
+            device: Where to run; by default CUDA where there is one.
 
         Raises:
             InputError: If the directory is not a model, a frozen backbone has other weights than those the
@@ -222,7 +226,7 @@ class DualEncoder(nn.Module):
         except (OSError, SafetensorError) as error:
             raise InputError(f"{weights}: cannot be read ({error}); restore the file") from None
         model.load_trained_state(state, str(weights))
-        return model.to(device).eval()
+        return model.to(device or default_device()).eval()
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights: equal models embed equally."""

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def feature_key(tower: Tower, input_identity: str) -> str:
         tower: Frozen tower; its checksum stands for the weights, its architecture for the preprocessing.
         input_identity: Fingerprint of the rows and of how they are prepared (pixels or token ids).
     """
-    stage = "tokens" if tower.pooling is not None else tower.config.pooling
+    stage = f"{'tokens' if tower.pooling is not None else tower.config.pooling} {tower.config.layers}"
     architecture = json.dumps(tower.backbone.architecture, sort_keys=True)
     parts = [str(tower.checksum), architecture, stage, input_identity]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
@@ -145,7 +146,7 @@ def corpus_inputs(model: DualEncoder, corpus: Corpus, side: str, augment: str = 
     cached = tower.config.frozen and augment == "none"
     if side == "text":
         inputs: Inputs = Tokens(corpus.captions, model.tokenizer)
-        identity = f"{corpus.fingerprint()} {tower.config.encoder} {model.config.text.max_tokens}"
+        identity = f"{corpus.fingerprint(side)} {tower.config.encoder} {model.config.text.max_tokens}"
     elif corpus.features is not None:
         width = corpus.features.shape[-1]
         if tower.config.encoder != "precomputed" or tower.backbone.dim != width:
@@ -154,18 +155,23 @@ def corpus_inputs(model: DualEncoder, corpus: Corpus, side: str, augment: str = 
         return Features(corpus.features), False
     else:
         inputs = Pixels(corpus.images, model.transform(augment), keep=not cached)
-        identity = f"{corpus.fingerprint()} {model.transform()}"
+        identity = f"{corpus.fingerprint(side)} {model.transform()}"
     if not cached:
         return inputs, False
     label = f"{tower.config.encoder.rsplit('/', 1)[-1]} {corpus.split}"
     return cached_features(tower, inputs, identity, label=label), True
 
 
-def encode_corpus(model: DualEncoder, corpus: Corpus) -> tuple[Tensor, Tensor]:
-    """Embeddings of all images ``(I, D)`` and all captions ``(C, D)``, float32 on the CPU."""
+def corpus_encoder(model: DualEncoder, corpus: Corpus) -> Callable[[], tuple[Tensor, Tensor]]:
+    """:func:`encode_corpus` for a model that keeps changing: what the towers are fed with is prepared once."""
     images, image_cached = corpus_inputs(model, corpus, "image")
     texts, text_cached = corpus_inputs(model, corpus, "text")
-    return (
+    return lambda: (
         model.encode("image", images, project=image_cached),
         model.encode("text", texts, project=text_cached, batch_size=256),
     )
+
+
+def encode_corpus(model: DualEncoder, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Embeddings of all images ``(I, D)`` and all captions ``(C, D)``, float32 on the CPU."""
+    return corpus_encoder(model, corpus)()

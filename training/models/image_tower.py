@@ -16,7 +16,7 @@ from training.data.padded import Padded
 from training.errors import InputError
 from training.models.config import ImageTowerConfig
 from training.models.hub import locate, portable, quiet_transformers, unavailable
-from training.models.tower import Backbone
+from training.models.tower import Backbone, hidden_features
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -41,10 +41,13 @@ class PixelBackbone(Backbone):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, dim: int, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, network: nn.Module, dim: int, preprocessing: Preprocessing, layers: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.network = network
         self.dim = dim
+        self.layers = layers
         self.preprocessing = preprocessing
         self.architecture = {"preprocessing": asdict(preprocessing)}
         self.register_buffer("mean", torch.tensor(preprocessing.mean)[:, None, None], persistent=False)
@@ -54,9 +57,9 @@ class PixelBackbone(Backbone):
         """Pixels uint8 or [0, 1] ``(B, 3, S, S)`` → grid tokens ``(B, T, F)``, or ``(B, F)`` without a grid."""
         pixels = values.float() / 255 if values.dtype == torch.uint8 else values
         pixels = ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        tokens = self.network(pixels)
+        tokens = self.network(pixels, output_hidden_states=True) if self.layers else self.network(pixels)
         if not isinstance(tokens, Tensor):
-            tokens = tokens.last_hidden_state
+            tokens = hidden_features(tokens, self.layers)
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)  # (B, F, h, w) -> (B, h w, F)
         return Padded(tokens)
@@ -149,12 +152,15 @@ def _hub(name: str, architecture: dict[str, Any] | None, wanted: ImageTowerConfi
             model = AutoModel.from_config(config, dtype=torch.float32)
             preprocessing = Preprocessing(**architecture["preprocessing"])
         network = getattr(model, "vision_model", model)  # CLIP-like pairs hold both towers
-        backbone = PixelBackbone(network, 0, _resized(preprocessing, wanted))
+        backbone = PixelBackbone(network, 0, _resized(preprocessing, wanted), wanted.layers)
         with torch.no_grad():
             size = backbone.preprocessing.size
             backbone.dim = backbone.eval()(torch.zeros(1, 3, size, size)).values.shape[-1]
     except InputError:
         raise
+    except (IndexError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"hf:{name}: size {wanted.size}, layers {wanted.layers}: {reason}; choose others") from None
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise unavailable(f"hf:{name}", error) from None
     backbone.architecture["config"] = portable(config)
@@ -208,6 +214,8 @@ def build_image_backbone(
         InputError: For an unknown name or weights that cannot be had.
     """
     kind, _, name = config.encoder.partition(":")
+    if config.layers and kind != "hf":
+        raise InputError(f"image.encoder {config.encoder}: has no hidden states to choose; leave out image.layers")
     if config.encoder == "small-cnn":
         preprocessing = _resized(Preprocessing(64, 64, (0.5,) * 3, (0.25,) * 3, "bilinear"), config)
         return PixelBackbone(*small_cnn(preprocessing.size), preprocessing)

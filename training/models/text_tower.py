@@ -11,7 +11,7 @@ from training.data.padded import Padded
 from training.errors import InputError
 from training.models.config import TextTowerConfig
 from training.models.hub import locate, portable, quiet_transformers, unavailable
-from training.models.tower import Backbone
+from training.models.tower import Backbone, hidden_features
 
 
 class WordGRU(Backbone):
@@ -42,19 +42,23 @@ class WordGRU(Backbone):
 
 
 class HubText(Backbone):
-    """A transformers text encoder; token features are its last hidden states."""
+    """A transformers text encoder; token features are its last hidden states, and those of ``layers``."""
 
-    def __init__(self, network: nn.Module, config: Any) -> None:
+    def __init__(self, network: nn.Module, config: Any, layers: tuple[int, ...]) -> None:
         super().__init__()
         self.network = network
-        self.dim = int(getattr(config, "text_config", config).hidden_size)
+        self.layers = layers
+        own = getattr(config, "text_config", config)
+        if any(not 0 <= layer <= own.num_hidden_layers for layer in layers):
+            raise InputError(f"text.layers {layers}: the encoder has hidden states 0 to {own.num_hidden_layers}")
+        self.dim = int(own.hidden_size) * (1 + len(layers))
         self.architecture = {"config": portable(config)}
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Padded:
         """Ids ``(B, T)``, bool ``(B, T)`` → hidden states ``(B, T, F)``."""
         attention = torch.ones_like(values) if mask is None else mask.long()
-        states = self.network(input_ids=values, attention_mask=attention).last_hidden_state
-        return Padded(states, attention.bool())
+        output = self.network(input_ids=values, attention_mask=attention, output_hidden_states=bool(self.layers))
+        return Padded(hidden_features(output, self.layers), attention.bool())
 
 
 def build_text_backbone(
@@ -77,6 +81,8 @@ def build_text_backbone(
         InputError: For an unknown name or weights that cannot be had.
     """
     kind, _, name = config.encoder.partition(":")
+    if config.layers and kind != "hf":
+        raise InputError(f"text.encoder {config.encoder}: has no hidden states to choose; leave out text.layers")
     if config.encoder == "gru":
         return WordGRU(words, config.word_dim, dim)
     if kind == "hf" and name:
@@ -93,5 +99,5 @@ def build_text_backbone(
                 model = AutoModel.from_config(hub_config, dtype=torch.float32)
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             raise unavailable(config.encoder, error) from None
-        return HubText(getattr(model, "text_model", model), hub_config)
+        return HubText(getattr(model, "text_model", model), hub_config, config.layers)
     raise InputError(f"text.encoder {config.encoder!r} is unknown; use gru or hf:REPO_OR_DIR")

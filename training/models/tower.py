@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from training.errors import InputError
 from training.models.config import ImageTowerConfig, TextTowerConfig
 from training.models.hub import checksum
 from training.models.pooling import PARAMETER_FREE, GeneralizedPooling
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Backbone(nn.Module):
@@ -29,6 +35,24 @@ class Backbone(nn.Module):
     def forward(self, values: Tensor, mask: Tensor | None) -> Padded:
         """Input rows → tokens ``(B, T, F)`` with their mask."""
         raise NotImplementedError
+
+
+def hidden_features(output: Any, layers: Sequence[int]) -> Tensor:
+    """The last hidden state of a transformers model with those of ``layers`` beside it, feature by feature.
+
+    Earlier layers keep what the last one has given up: single words, local shapes. A finer grid is averaged
+    down to that of the last layer.
+
+    Args:
+        output: Holds ``last_hidden_state``, tokens ``(B, T, F)`` or a grid ``(B, F, h, w)``, and ``hidden_states``.
+        layers: Indices into ``hidden_states``; none leaves the last hidden state as it is.
+    """
+    last: Tensor = output.last_hidden_state
+    beside = [output.hidden_states[layer] for layer in layers]
+    if last.ndim == 4:
+        height, width = last.shape[-2:]
+        return torch.cat([last, *(F.adaptive_avg_pool2d(grid, (height, width)) for grid in beside)], dim=1)
+    return torch.cat([last, *beside], dim=-1)
 
 
 class Tower(nn.Module):
@@ -98,7 +122,11 @@ class Tower(nn.Module):
 
 
 def build_head(config: ImageTowerConfig | TextTowerConfig, width: int, dim: int) -> nn.Module:
-    """``none``, a linear map with the initialisation of VSE++ (uniform ±√6/√(fan_in + fan_out)), or an MLP."""
+    """``none``, a linear map with the initialisation of VSE++ (uniform ±√6/√(fan_in + fan_out)), or an MLP.
+
+    The MLP standardises every feature first: those of a backbone, means beside maxima, differ in scale by orders
+    of magnitude, and what distinguishes pictures is small beside what all have in common.
+    """
     if config.head == "none":
         return nn.Identity()
     last = nn.Linear(width if config.head == "linear" else config.hidden, dim)
@@ -107,9 +135,11 @@ def build_head(config: ImageTowerConfig | TextTowerConfig, width: int, dim: int)
     if config.head == "linear":
         return nn.Sequential(nn.Dropout(config.dropout), last)
     return nn.Sequential(
-        nn.LayerNorm(width),
-        nn.Linear(width, config.hidden),
-        nn.GELU(),
+        nn.BatchNorm1d(width, affine=False),
+        nn.Dropout(config.dropout),
+        nn.Linear(width, config.hidden, bias=False),
+        nn.BatchNorm1d(config.hidden),
+        nn.ReLU(inplace=True),
         nn.Dropout(config.dropout),
         last,
     )
