@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 from training.config import read_toml
 from training.data.formats import load_corpus

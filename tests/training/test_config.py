@@ -22,7 +22,7 @@ from vse_app.train_arguments import read_arguments
 ODD = Config(
     data='folder:/tmp/"quoted" \\ Bücher\n',
     out="läufe/1",
-    model=ModelConfig(image=ImageTowerConfig(encoder="precomputed", normalise=False), dim=7),
+    model=ModelConfig(image=ImageTowerConfig(encoder="precomputed", normalise=False, layers=(-1, 0)), dim=7),
     loss=LossConfig(name="infonce", temperature=1e-5),
     optim=OptimConfig(lr=1e-05, weight_decay=1 / 3, clip=float("inf"), epochs=2),
     tensorboard=True,
@@ -58,6 +58,8 @@ def test_missing_settings_take_defaults_and_integers_become_floats(tmp_path: Pat
     [
         ("[optim]\nlearning_rate = 1.0", "'optim.learning_rate'"),
         ("[optim]\nepochs = 2.5", "optim.epochs = 2.5"),
+        ("[model.text]\nlayers = [1, 2.0]", "model.text.layers = [1, 2.0]"),
+        ("[model.text]\nlayers = 1", "model.text.layers = 1"),
         ("[optim]\nepochs = true", "optim.epochs = True"),
         ("tensorboard = 1", "tensorboard = 1"),
         ("seed = '1'", "seed = '1'"),

@@ -238,8 +238,12 @@ def test_heads() -> None:
     torch.testing.assert_close(linear(values), expected / expected.norm(dim=1, keepdim=True))
     assert layer.weight.abs().max() <= (6 / (6 + 8)) ** 0.5
     assert (layer.bias == 0).all()
-    raw = image_tower(replace(config, normalise=False, normalise_features=True))
+    raw = image_tower(replace(config, normalise=False, normalise_features="l2"))
     torch.testing.assert_close(raw(values), (values / values.norm(dim=1, keepdim=True)) @ layer.weight.T)
+
+    standard = image_tower(replace(config, normalise=False, normalise_features="standardise")).train()
+    scaled = (values - values.mean(dim=0)) / (values.var(dim=0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(standard(values), scaled @ layer.weight.T)
 
     mlp = image_tower(replace(config, head="mlp"))
     assert [p.shape for p in mlp.head.parameters() if p.ndim > 1] == [(5, 6), (8, 5)]

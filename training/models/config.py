@@ -7,6 +7,7 @@ from typing import Literal
 
 Pooling = Literal["mean", "max", "mean+max", "last", "gpo"]
 Head = Literal["none", "linear", "mlp"]
+FeatureNorm = Literal["none", "l2", "standardise"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class ImageTowerConfig:
     """Dropout before every linear layer of the head."""
     frozen: bool = False
     """Keep the backbone as it is: stored by name and checksum, its features cached."""
-    normalise_features: bool = False
-    """l2-normalise pooled features before the head, as VSE++ does with ResNet."""
+    normalise_features: FeatureNorm = "none"
+    """Pooled features before the head: l2 as VSE++ does with ResNet, or each standardised over the data."""
     normalise: bool = True
     """l2-normalise embeddings; VSE0 (Faghri et al. 2018) leaves the image side as it is."""
     size: int = 0
@@ -55,8 +56,8 @@ class TextTowerConfig:
     """Dropout before every linear layer of the head."""
     frozen: bool = False
     """Keep the backbone as it is: stored by name and checksum, its features cached."""
-    normalise_features: bool = False
-    """l2-normalise pooled features before the head."""
+    normalise_features: FeatureNorm = "none"
+    """Pooled features before the head: l2, or each standardised over the data."""
     normalise: bool = True
     """l2-normalise embeddings."""
     layers: tuple[int, ...] = ()

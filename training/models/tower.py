@@ -73,6 +73,9 @@ class Tower(nn.Module):
         width = backbone.dim * (2 if config.pooling == "mean+max" else 1)
         if config.head == "none" and width != dim:
             raise InputError(f"{config.encoder}: features are {width} wide, the joint space {dim}; add a head")
+        # Means beside maxima differ in scale, and what all pictures share is larger than what tells them apart.
+        standardise = config.normalise_features == "standardise"
+        self.standardise = nn.BatchNorm1d(width, affine=False) if standardise else None
         self.head = build_head(config, width, dim)
         self.checksum: str | None = None
         if config.frozen:
@@ -109,7 +112,9 @@ class Tower(nn.Module):
         """Features → embeddings ``(B, D)``, unit length if the configuration says so."""
         if self.pooling is not None:
             features = self.pooling(features, mask)
-        if self.config.normalise_features:
+        if self.standardise is not None:
+            features = self.standardise(features)
+        elif self.config.normalise_features == "l2":
             features = F.normalize(features, dim=-1)
         embeddings: Tensor = self.head(features)
         if self.config.normalise:
@@ -122,11 +127,7 @@ class Tower(nn.Module):
 
 
 def build_head(config: ImageTowerConfig | TextTowerConfig, width: int, dim: int) -> nn.Module:
-    """``none``, a linear map with the initialisation of VSE++ (uniform ±√6/√(fan_in + fan_out)), or an MLP.
-
-    The MLP standardises every feature first: those of a backbone, means beside maxima, differ in scale by orders
-    of magnitude, and what distinguishes pictures is small beside what all have in common.
-    """
+    """``none``, a linear map with the initialisation of VSE++ (uniform ±√6/√(fan_in + fan_out)), or an MLP."""
     if config.head == "none":
         return nn.Identity()
     last = nn.Linear(width if config.head == "linear" else config.hidden, dim)
@@ -135,7 +136,6 @@ def build_head(config: ImageTowerConfig | TextTowerConfig, width: int, dim: int)
     if config.head == "linear":
         return nn.Sequential(nn.Dropout(config.dropout), last)
     return nn.Sequential(
-        nn.BatchNorm1d(width, affine=False),
         nn.Dropout(config.dropout),
         nn.Linear(width, config.hidden, bias=False),
         nn.BatchNorm1d(config.hidden),
