@@ -14,7 +14,7 @@ from pathlib import Path
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run the verb, and end with status 2 and one line on bad input."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "huggingface_hub", "PIL"):
+    for noisy in ("faiss", "httpx", "huggingface_hub", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     args, rest = _parser().parse_known_args(arguments)
     run: Callable[..., None] = args.run

@@ -55,7 +55,7 @@ def run_demo(out: Path, scenes: int) -> None:
     print("\n3. Index the test pictures")
     paths = _write_pictures(corpus, out / "pictures")
     with SearchEngine.open_or_create(out / "gallery", run) as engine:
-        engine.add(paths, {path: corpus.captions[_first(corpus, i)] for i, path in enumerate(paths)})
+        engine.add(paths, {path: _captions(corpus, image)[0] for image, path in enumerate(paths)})
         print(f"{out / 'gallery'}: {len(engine.gallery)} pictures")
 
         print("\n4. Search them")
@@ -63,7 +63,7 @@ def run_demo(out: Path, scenes: int) -> None:
         for image in range(0, len(paths), max(1, len(paths) // QUERIES)):
             if len(rows) == QUERIES:
                 break
-            query = corpus.captions[_first(corpus, image)]
+            query = _captions(corpus, image)[-1]  # worded unlike the one that is kept with the picture
             hits = engine.search_text(query, SHOWN)
             rows.append(Row(query, [Path(hit.item.path) for hit in hits], own=paths[image].resolve()))
             _print_hits(query, hits)
@@ -74,8 +74,8 @@ def run_demo(out: Path, scenes: int) -> None:
     print(NEXT)
 
 
-def _first(corpus: Corpus, image: int) -> int:
-    return int((corpus.owner == image).argmax())
+def _captions(corpus: Corpus, image: int) -> list[str]:
+    return [corpus.captions[c] for c in (corpus.owner == image).nonzero()[0]]
 
 
 def _print_hits(query: str, hits: list[Hit]) -> None:
