@@ -108,7 +108,8 @@ class DualEncoder(nn.Module):
         try:
             rows = []
             starts = range(0, len(inputs), batch_size)
-            for start in tqdm(starts, desc=f"encode {side}s", unit="batch", delay=2, leave=False):
+            bar = tqdm(starts, desc=f"encode {side}s", unit="batch", delay=2, leave=False, disable=len(starts) < 2)
+            for start in bar:
                 chosen = np.arange(start, min(start + batch_size, len(inputs)))
                 rows.append(encode(*inputs.fetch(chosen, None).to(self.device)).float().cpu())
             return torch.cat(rows) if rows else torch.empty(0, self.config.dim)
