@@ -11,15 +11,15 @@ FeatureNorm = Literal["none", "l2", "standardise"]
 
 
 @dataclass(frozen=True)
-class ImageTowerConfig:
-    """The image tower: backbone, pooling over its grid, projection head."""
+class TowerConfig:
+    """One tower: backbone, pooling over its tokens, projection head."""
 
-    encoder: str = "small-cnn"
-    """small-cnn, torchvision:NAME[@WEIGHTS], hf:REPO_OR_DIR, or precomputed."""
+    encoder: str = ""
+    """The backbone."""
     pooling: Pooling = "mean"
-    """How grid cells or regions become one vector."""
+    """How tokens become one vector."""
     head: Head = "linear"
-    """Projection into the joint space."""
+    """Projection into the joint space; with none the backbone's width is the joint one."""
     hidden: int = 1024
     """Width of the hidden layer of an mlp head."""
     dropout: float = 0.0
@@ -30,19 +30,27 @@ class ImageTowerConfig:
     """Pooled features before the head: l2 as VSE++ does with ResNet, or each standardised over the data."""
     normalise: bool = True
     """l2-normalise embeddings; VSE0 (Faghri et al. 2018) leaves the image side as it is."""
+    layers: tuple[int, ...] = ()
+    """hf: indices of earlier hidden states, 0 the first, whose features are laid beside the last one's."""
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig(TowerConfig):
+    """The image tower."""
+
+    encoder: str = "small-cnn"
+    """small-cnn, torchvision:NAME[@WEIGHTS], hf:REPO_OR_DIR, or precomputed."""
     size: int = 0
     """Side of the square input in pixels; 0 is the backbone's own (64 for small-cnn)."""
     resize: int = 0
     """Length of the shorter side before the centre crop; 0 is the backbone's own, or size if that is given."""
-    layers: tuple[int, ...] = ()
-    """hf: indices of earlier hidden states whose features are laid beside the last one's."""
     feature_dim: int = 0
     """Width of precomputed features; 0 takes it from the data."""
 
 
 @dataclass(frozen=True)
-class TextTowerConfig:
-    """The text tower: backbone, pooling over its tokens, projection head."""
+class TextTowerConfig(TowerConfig):
+    """The text tower."""
 
     encoder: str = "gru"
     """gru, or hf:REPO_OR_DIR."""
@@ -50,18 +58,6 @@ class TextTowerConfig:
     """How tokens become one vector."""
     head: Head = "none"
     """Projection into the joint space; with none the backbone's width is the joint one."""
-    hidden: int = 1024
-    """Width of the hidden layer of an mlp head."""
-    dropout: float = 0.0
-    """Dropout before every linear layer of the head."""
-    frozen: bool = False
-    """Keep the backbone as it is: stored by name and checksum, its features cached."""
-    normalise_features: FeatureNorm = "none"
-    """Pooled features before the head: l2, or each standardised over the data."""
-    normalise: bool = True
-    """l2-normalise embeddings."""
-    layers: tuple[int, ...] = ()
-    """hf: indices of earlier hidden states, 0 the word embeddings, laid beside the last one."""
     max_tokens: int = 64
     """Longer captions are cut."""
     min_count: int = 4

@@ -49,7 +49,7 @@ class HubText(Backbone):
         self.network = network
         self.layers = layers
         own = getattr(config, "text_config", config)
-        if any(not 0 <= layer <= own.num_hidden_layers for layer in layers):
+        if any(not -own.num_hidden_layers - 1 <= layer <= own.num_hidden_layers for layer in layers):
             raise InputError(f"text.layers {layers}: the encoder has hidden states 0 to {own.num_hidden_layers}")
         self.dim = int(own.hidden_size) * (1 + len(layers))
         self.architecture = {"config": portable(config)}

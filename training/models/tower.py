@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.data.padded import Padded
 from training.errors import InputError
-from training.models.config import ImageTowerConfig, TextTowerConfig
+from training.models.config import TowerConfig
 from training.models.hub import checksum
 from training.models.pooling import PARAMETER_FREE, GeneralizedPooling
 
@@ -62,9 +62,7 @@ class Tower(nn.Module):
     is worth caching; :meth:`project` is the rest.
     """
 
-    def __init__(
-        self, backbone: Backbone, config: ImageTowerConfig | TextTowerConfig, dim: int, absolute: bool
-    ) -> None:
+    def __init__(self, backbone: Backbone, config: TowerConfig, dim: int, absolute: bool) -> None:
         super().__init__()
         self.config = config
         self.absolute = absolute
@@ -126,7 +124,7 @@ class Tower(nn.Module):
         return self.project(*self.features(values, mask))
 
 
-def build_head(config: ImageTowerConfig | TextTowerConfig, width: int, dim: int) -> nn.Module:
+def build_head(config: TowerConfig, width: int, dim: int) -> nn.Module:
     """``none``, a linear map with the initialisation of VSE++ (uniform ±√6/√(fan_in + fan_out)), or an MLP."""
     if config.head == "none":
         return nn.Identity()
