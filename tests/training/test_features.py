@@ -169,7 +169,10 @@ def test_whatever_changes_features_is_cached_apart(corpus: Corpus) -> None:
     assert entries_added({"resize": 40}, {"pooling": "max"}) == 2
     assert entries_added({"pooling": "gpo"}, {"pooling": "gpo"}) == 2
     assert entries_added({"encoder": "hf:timm/tf_efficientnet_lite0.in1k"}, {}) == 1
+    assert entries_added({}, {"layers": (0,)}) == 1
     assert entries_added({}, {}, corpus.subset(range(1, 4))) == 2
+    reworded = replace(few, captions=[caption + " indeed" for caption in few.captions])
+    assert entries_added({}, {}, reworded) == 1, "the pictures are the same"
     assert entries_added({"head": "mlp"}, {"normalise": False}, dim=4) == 0, "what comes after the backbone"
 
 
