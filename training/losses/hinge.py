@@ -15,7 +15,7 @@ from training.models.similarity import COSINE, Similarity
 Reduction = Literal["sum", "mean"]
 
 # Rows of the score matrix that the search for the hardest negatives holds at once.
-BLOCK_ROWS = 256
+BLOCK_ROWS = 512
 
 
 class HingeLoss(Loss):

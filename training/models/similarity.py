@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -86,6 +87,13 @@ def _order_scores_in_cache(images: Tensor, captions: Tensor) -> Tensor:
     return scores.neg_()
 
 
+def _sum_rows(table: Tensor, indices: Tensor, weights: Tensor, into: Tensor, count: int) -> Tensor:
+    """``(count, D)``; row ``r`` is the sum of ``weights[e] * table[indices[e]]`` over all e with ``into[e] = r``."""
+    ordered, order = into.sort()
+    starts = torch.searchsorted(ordered, torch.arange(count, device=into.device))
+    return F.embedding_bag(indices[order], table, starts, mode="sum", per_sample_weights=weights[order])
+
+
 class _CosineEntries(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, images: Tensor, captions: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -95,15 +103,15 @@ class _CosineEntries(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
         images, captions, rows, columns = ctx.saved_tensors
-        entries, shape = torch.stack([rows, columns]), (len(images), len(captions))
-        weights = torch.sparse_coo_tensor(entries, gradients[0], shape, check_invariants=False)  # (I, C)
-        return None, weights @ captions, weights.T @ images, None, None
+        over_captions = _sum_rows(captions, columns, gradients[0], rows, len(images))
+        over_images = _sum_rows(images, rows, gradients[0], columns, len(captions))
+        return None, over_captions, over_images, None, None
 
 
 def cosine_entries(scores: Tensor, images: Tensor, captions: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Give entries of the score matrix that are already known their gradient, at ``O((I + C) D)`` memory.
 
-    The gradient of the whole matrix is zero but for these entries, so a sparse product does for a dense one.
+    The gradient of the whole matrix is zero but for these entries, so sums of a few rows do for a dense product.
 
     Args:
         scores: ``cosine_scores(images, captions)[rows, columns]``, ``(E,)``, without a graph.
