@@ -150,15 +150,15 @@ def find_negatives(score_blocks: Iterable[Tensor], image_ids: Tensor) -> Negativ
     """
     excluded_rows, excluded_columns = same_image(image_ids)
     positive, captions, caption_scores, images, image_scores, moments = [], [], [], [], [], []
-    start, centre = 0, None
+    start, done, centre = 0, 0, None
     for block in score_blocks:
         # A collapse brings all scores close to any one of them: the squares of deviations from that one do
         # not cancel when the spread matters most.
         centre = block[0, 0] if centre is None else centre
-        inside = (excluded_rows >= start) & (excluded_rows < start + len(block))
+        inside = slice(done, done := int(torch.searchsorted(excluded_rows, start + len(block))))  # they are sorted
         excluded = excluded_rows[inside] - start, excluded_columns[inside]
-        deviations = (block - centre).index_put_(excluded, torch.zeros_like(centre))
-        moments.append(torch.stack([deviations.sum(), deviations.square_().sum()]))
+        deviations = (block - centre).index_put_(excluded, torch.zeros_like(centre)).flatten()
+        moments.append(torch.stack([deviations.sum(), deviations.dot(deviations)]))
         scores = block.index_put(excluded, torch.full_like(centre, -math.inf))
         positive.append(block.diagonal(start))
         over_captions, over_images = scores.max(dim=1), scores.max(dim=0)
