@@ -22,6 +22,9 @@ def model_card(config: Config, metrics: dict[str, Any], step: int, seconds: floa
     def tower(encoder: str, frozen: bool, pooling: str, head: str) -> str:
         return f"`{encoder}`{' (frozen)' if frozen else ''}, {pooling} pooling, {head} head"
 
+    contrastive = config.loss.name in ("infonce", "sigmoid")
+    hinge = f"margin {config.loss.margin}, {config.loss.reduction} over the batch"
+    setting = f"initial temperature {config.loss.temperature}" if contrastive else hinge
     rows = "\n".join(
         f"| {name} | {m['r1']:.1f} | {m['r5']:.1f} | {m['r10']:.1f} | {m['medr']:.1f} | {m['meanr']:.1f} |"
         for name, m in (("image → text", metrics["i2t"]), ("text → image", metrics["t2i"]))
@@ -38,8 +41,7 @@ compared by {model.similarity} similarity.
 
 * Image tower: {tower(model.image.encoder, model.image.frozen, model.image.pooling, model.image.head)}
 * Text tower: {tower(model.text.encoder, model.text.frozen, model.text.pooling, model.text.head)}
-* Loss: {config.loss.name}, margin {config.loss.margin}, {config.loss.reduction} over batches of \
-{config.optim.batch_size}
+* Loss: {config.loss.name}, {setting}, batches of {config.optim.batch_size}
 * Training data: split `{config.train_split}`, {pairs:,} image–caption pairs; seed {config.seed}
 * Weights of step {step:,}, after {seconds / 60:.1f} minutes, selected by validation rSum
 
