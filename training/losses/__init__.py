@@ -1,6 +1,6 @@
 """Losses on a batch of matching (image, caption) embeddings, all behind one interface: :class:`Loss`."""
 
-from training.losses.base import Loss, LossOutput, Statistics
+from training.losses.base import Loss, LossOutput, NegativePool, Statistics
 from training.losses.collapse import CollapseDetector
 from training.losses.contrastive import InfoNCE, SigmoidLoss
 from training.losses.curriculum import Curriculum
@@ -13,6 +13,7 @@ __all__ = [
     "Loss",
     "LossOutput",
     "MaxOfHinges",
+    "NegativePool",
     "SigmoidLoss",
     "Statistics",
     "SumOfHinges",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from training.models.similarity import COSINE, Similarity
+
+Reduction = Literal["sum", "mean"]
 
 
 class Statistics(NamedTuple):
@@ -43,6 +45,20 @@ class LossOutput(NamedTuple):
     statistics: Statistics
 
 
+class NegativePool(NamedTuple):
+    """Pairs that serve as negatives only, drawn apart from the batch.
+
+    Attributes:
+        images: Image embeddings ``(M, D)``.
+        captions: Caption embeddings ``(M, D)``; row ``m`` of both matches.
+        image_ids: int64 ``(M,)``.
+    """
+
+    images: Tensor
+    captions: Tensor
+    image_ids: Tensor
+
+
 class Loss(nn.Module, ABC):
     """A loss on a batch of matching (image, caption) pairs.
 
@@ -50,8 +66,16 @@ class Loss(nn.Module, ABC):
     ``b`` of both matches. Rows with the same image id describe one picture, so neither is a negative of the
     other, in both directions. The result is a :class:`LossOutput`.
 
+    In a batch the loss of one pair depends on the others: it is no sum over the data set, and a batch that
+    was not drawn uniformly changes what is minimised. Against a pool of negatives drawn apart from the
+    batch it is such a sum, whatever the batch; see :meth:`pair_costs` and :meth:`weighted`.
+
     Reduced-precision embeddings are raised to float32 and autocast is off inside: a bfloat16 score near 1
     has steps of 0.004, too coarse to tell which negative is hardest.
+
+    Attributes:
+        margin: What makes an anchor active, in units of the score; 0 for losses without a margin.
+        reduction: ``sum`` or ``mean`` over the batch.
 
     Args:
         similarity: How embeddings are compared; the model's own.
@@ -63,6 +87,9 @@ class Loss(nn.Module, ABC):
     if TYPE_CHECKING:  # nn.Module declares a call that returns Any
 
         def __call__(self, images: Tensor, captions: Tensor, image_ids: Tensor) -> LossOutput: ...  # noqa: D102
+
+    margin: float = 0.0
+    reduction: Reduction = "mean"
 
     def __init__(self, similarity: Similarity = COSINE) -> None:
         super().__init__()
@@ -80,6 +107,56 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def compute(self, images: Tensor, captions: Tensor, image_ids: Tensor) -> LossOutput:
         """The loss itself, on float32 or float64 embeddings."""
+
+    @abstractmethod
+    def anchor_costs(self, positive: Tensor, negatives: Tensor) -> Tensor:
+        """The loss of single anchors, half that of a pair where a pair's is a mean over both directions.
+
+        Args:
+            positive: Score of each anchor's match, ``(B,)``.
+            negatives: Its scores with the pool, ``(B, M)``; ``-inf`` for what is no negative.
+
+        Returns:
+            ``(B,)``.
+        """
+
+    def pair_costs(
+        self, images: Tensor, captions: Tensor, image_ids: Tensor, pool: NegativePool
+    ) -> tuple[Tensor, Statistics]:
+        """The loss of each pair against a pool of negatives, ``(B,)``: a function of that pair alone.
+
+        Args:
+            images: ``(B, D)``.
+            captions: ``(B, D)``.
+            image_ids: int64 ``(B,)``; members of the pool with the same id are no negatives.
+            pool: The negatives of all pairs.
+        """
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        with torch.autocast(images.device.type, enabled=False):
+            images, captions, others = images.to(dtype), captions.to(dtype), pool.captions.to(dtype)
+            excluded = image_ids[:, None] == pool.image_ids  # (B, M)
+            over_captions = self.similarity.scores(images, others).masked_fill(excluded, -math.inf)
+            over_images = self.similarity.scores(pool.images.to(dtype), captions).T.masked_fill(excluded, -math.inf)
+            positive = self.similarity.pairs(images, captions)  # (B,)
+            costs = self.anchor_costs(positive, over_captions) + self.anchor_costs(positive, over_images)
+        with torch.no_grad():
+            caption_score, caption = over_captions.max(dim=1)
+            image_score, image = over_images.max(dim=1)
+            spread = over_captions[~excluded].std(correction=0).nan_to_num()
+            found = Negatives(positive, caption, caption_score, image, image_score, spread)
+        return costs, found.statistics(self.margin)
+
+    def weighted(
+        self, images: Tensor, captions: Tensor, image_ids: Tensor, pool: NegativePool, weights: Tensor
+    ) -> LossOutput:
+        """Loss of a batch that was not drawn uniformly: :meth:`pair_costs` times ``weights`` ``(B,)``, reduced.
+
+        With the weights of a sampler the gradient's mean is B (``sum``) or 1 (``mean``) times that of the
+        mean cost over the data set, against this pool.
+        """
+        costs, statistics = self.pair_costs(images, captions, image_ids, pool)
+        total = (costs * weights.to(costs)).sum()
+        return LossOutput(total / len(images) if self.reduction == "mean" else total, statistics)
 
     def advance(self, step: int) -> None:
         """Tell the loss the global step that comes next; only those with a schedule listen."""

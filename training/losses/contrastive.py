@@ -81,6 +81,13 @@ class InfoNCE(_TemperedLoss):
         negatives = find_negatives([scores], image_ids)
         return LossOutput((over_captions + over_images) / 2, negatives.statistics(margin=0))
 
+    def anchor_costs(self, positive: Tensor, negatives: Tensor) -> Tensor:
+        """Cross-entropy of picking the match among the pool, halved."""
+        scores = torch.cat([positive[:, None], negatives], dim=1)  # (B, 1 + M)
+        absent = scores == -math.inf
+        logits = (scores.masked_fill(absent, 0) * self._scale()).masked_fill(absent, -math.inf)
+        return (logits.logsumexp(dim=1) - logits[:, 0]) / 2
+
 
 class SigmoidLoss(_TemperedLoss):
     """Every pair of the batch classified by itself: match or not.
@@ -119,3 +126,9 @@ class SigmoidLoss(_TemperedLoss):
         negatives = find_negatives([scores], image_ids)
         value = (matches.sum() + mismatches.sum()) / len(images)
         return LossOutput(value, negatives.statistics(margin=0))
+
+    def anchor_costs(self, positive: Tensor, negatives: Tensor) -> Tensor:
+        """The match as a match and the pool as mismatches, halved: a mismatch is met from either side."""
+        scale, absent = self._scale(), negatives == -math.inf
+        mismatches = functional.softplus(negatives.masked_fill(absent, 0) * scale + self.bias).masked_fill(absent, 0)
+        return (functional.softplus(-positive * scale - self.bias) + mismatches.sum(dim=1)) / 2

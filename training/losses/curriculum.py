@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from training.errors import InputError
-from training.losses.base import Loss, LossOutput
-from training.losses.hinge import MaxOfHinges, Reduction, SumOfHinges
+from training.losses.base import Loss, LossOutput, Reduction
+from training.losses.hinge import MaxOfHinges, SumOfHinges
 from training.models.similarity import COSINE, Similarity
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Curriculum(Loss):
         super().__init__(similarity)
         if warmup_steps < 1:
             raise InputError(f"warmup_steps: {warmup_steps} is below 1; without a warm-up use max of hinges")
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.margin, self.reduction = warmup_steps, margin, reduction
         self.sum_of_hinges = SumOfHinges(similarity, margin, reduction)
         self.max_of_hinges = MaxOfHinges(similarity, margin, reduction)
         self._step = 0
@@ -101,6 +101,16 @@ class Curriculum(Loss):
             return LossOutput(mean, summed.statistics)
         hardest = self.max_of_hinges.compute(images, captions, image_ids).value
         return LossOutput((1 - alpha) * mean + alpha * hardest, summed.statistics)
+
+    def anchor_costs(self, positive: Tensor, negatives: Tensor) -> Tensor:
+        """The mean hinge over the pool and the hardest one, in the balance of the current step."""
+        alpha = self.alpha
+        hardest = self.max_of_hinges.anchor_costs(positive, negatives)
+        if alpha == 1:
+            return hardest
+        present = negatives.isfinite().sum(dim=1).clamp(min=1)
+        mean = self.sum_of_hinges.anchor_costs(positive, negatives) / present
+        return (1 - alpha) * mean + alpha * hardest
 
     def get_extra_state(self) -> Tensor:
         """The step at which the current ramp began, as int64, for ``state_dict()``."""

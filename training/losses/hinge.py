@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from training.errors import InputError
-from training.losses.base import Loss, LossOutput, find_negatives, same_image
+from training.losses.base import Loss, LossOutput, Reduction, find_negatives, same_image
 from training.models.similarity import COSINE, Similarity
-
-Reduction = Literal["sum", "mean"]
 
 # Rows of the score matrix that the search for the hardest negatives holds at once.
 BLOCK_ROWS = 512
@@ -77,6 +74,10 @@ class SumOfHinges(HingeLoss):
         negatives = find_negatives([scores], image_ids)
         return LossOutput(self._reduce(costs, len(images)), negatives.statistics(self.margin))
 
+    def anchor_costs(self, positive: Tensor, negatives: Tensor) -> Tensor:
+        """Sum of the hinges over the pool: on the scale of a batch as large as that."""
+        return (self.margin + negatives - positive[:, None]).relu().sum(dim=1)
+
 
 class MaxOfHinges(HingeLoss):
     """Hinge on the hardest negative of each anchor (MH, VSE++).
@@ -118,3 +119,7 @@ class MaxOfHinges(HingeLoss):
         # Without a negative for the image there is none for the caption: both searches exclude the same pairs.
         costs = costs.where(negatives.caption_score != -math.inf, 0)
         return LossOutput(self._reduce(costs, len(images)), negatives.statistics(self.margin))
+
+    def anchor_costs(self, positive: Tensor, negatives: Tensor) -> Tensor:
+        """Hinge on the hardest of the pool."""
+        return (self.margin + negatives.max(dim=1).values - positive).relu()
