@@ -61,6 +61,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """Draws by gradient, for sampler = clustered and importance."""
+
+    count: int = 64
+    """Clusters; at most half the batch, so that each batch sees all of them."""
+    allocation: Literal["equal", "proportional", "neyman"] = "proportional"
+    """How a batch is shared among clusters. proportional never loses; neyman gains most on redundant data."""
+    mix: float = 0.2
+    """Fraction of each batch that is drawn from all pairs alike; no pair weighs more than 1 / mix."""
+    sketch: int = 32
+    """Numbers that stand for a pair's gradient."""
+    pool: int = 0
+    """Pairs that are drawn as negatives beside each batch; 0 means as many as the batch."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -74,6 +90,9 @@ class Config:
     """Its rSum selects the weights that are kept."""
     augment: Literal["none", "crop", "crop+flip"] = "none"
     """Random views of training pictures. A flip turns left into right: not for captions that say which."""
+    sampler: Literal["uniform", "clustered", "importance"] = "uniform"
+    """By gradient clusters or gradient norms, in epochs for which that is measured to pay; uniform in others."""
+    clusters: ClusterConfig = field(default_factory=ClusterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -165,6 +184,10 @@ def _scalar(value: str | int | float | bool | tuple[int, ...]) -> str:
 
 _LEAST = {
     "checkpoint_every": 1,
+    "clusters.count": 1,
+    "clusters.mix": 0,
+    "clusters.pool": 0,
+    "clusters.sketch": 1,
     "loss.warmup_epochs": 0,
     "model.dim": 1,
     "model.image.dropout": 0,
@@ -200,6 +223,8 @@ def check_ranges(config: Config) -> None:
             raise InputError(f"{name} = {value!r} must be at least {least}")
         if name.endswith("dropout") and value >= 1:
             raise InputError(f"{name} = {value!r} must be below 1")
+    if not config.clusters.mix <= 1:
+        raise InputError(f"clusters.mix = {config.clusters.mix!r} must be at most 1")
 
 
 def difference(a: Config, b: Config) -> str | None:

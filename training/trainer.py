@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from training.data.text import HubTokenizer, Tokenizer, WordTokenizer
 from training.errors import InputError
 from training.evaluation.protocols import evaluate
 from training.files import write_text
+from training.gradient_sampling import Decision, GradientSampling, last_linear_maps
 from training.losses import CollapseDetector, Curriculum, InfoNCE, Loss, SigmoidLoss, SumOfHinges
 from training.model_card import model_card
 from training.models.dual_encoder import WEIGHTS_FILE, DualEncoder
@@ -97,6 +99,11 @@ class Trainer:
         self.loss = build_loss(config.loss, self.model.similarity, len(self.batches)).to(self.device)
         self.detector = CollapseDetector(config.loss.margin)
         self.optimizer = self._build_optimizer()
+        self.sampling: GradientSampling | None = None
+        if config.sampler != "uniform":
+            heads = last_linear_maps(self.model.image_tower.head, self.model.text_tower.head)
+            settings = config.sampler, config.clusters, config.optim.batch_size, config.seed
+            self.sampling = GradientSampling(self.model, heads, self._embed, self.pairs, self.loss, *settings)
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.validations_since_best = 0
@@ -120,9 +127,12 @@ class Trainer:
             InputError: If the loss or a gradient stops being finite; names the batch.
         """
         config = self.config
+        if self.sampling is not None and self.step == 0:
+            self._report(self.sampling.start())
         while self.step < self.total_steps and not self._out_of_patience():
             epoch, position = divmod(self.step, len(self.batches))
-            loader = load_epoch(self.pairs, self.batches, epoch, position, config.workers)
+            drawn = self.sampling.epoch(epoch, position) if self.sampling is not None else None
+            loader = load_epoch(self.pairs, epoch, drawn or self.batches.epoch(epoch, position), config.workers)
             bar = tqdm(
                 total=len(self.pairs),
                 initial=position * config.optim.batch_size,
@@ -134,11 +144,13 @@ class Trainer:
             self.model.train()
             with bar:
                 for batch in loader:
-                    logged = self._train_step(batch)
+                    with self.sampling.timed("training") if self.sampling is not None else nullcontext():
+                        logged = self._train_step(batch)
                     bar.update(len(batch.pairs))
                     bar.set_postfix_str(f"loss {logged['loss']:.3f}", refresh=False)
                     self.step += 1
                     ends_epoch = self.step % len(self.batches) == 0
+                    stale = self._update_sampling(ends_epoch)
                     if ends_epoch or (config.validate_every and self.step % config.validate_every == 0):
                         self._validate(logged)
                         self._save()
@@ -146,6 +158,8 @@ class Trainer:
                             break
                     elif self.step % config.checkpoint_every == 0:
                         self._save()
+                    if stale:
+                        break
         if self._writer is not None:
             self._writer.close()
         assert self.best is not None, "every epoch ends with a validation"
@@ -157,13 +171,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self._rate(self.step)
         self.loss.advance(self.step)
-        image_tower, text_tower = self.model.image_tower, self.model.text_tower
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            images = (image_tower.project if self._images_cached else image_tower)(*batch.images)
-            texts = (text_tower.project if self._texts_cached else text_tower)(*batch.texts)
-        value, statistics = self.loss(images, texts, batch.image_ids)
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        if self.sampling is None:
+            value, statistics = self.loss(*self._embed(batch), batch.image_ids)
+            value.backward()  # type: ignore[no-untyped-call]
+        else:
+            value, statistics = self.sampling.backward(batch)
         limit = config.clip or math.inf
         norm = clip_grad_norm_((p for g in self.optimizer.param_groups for p in g["params"]), limit)
         numbers = torch.stack([value.detach(), norm]).tolist()
@@ -179,6 +192,29 @@ class Trainer:
         if self.step % 50 == 0:
             self._log({"kind": "train", **logged, "lr": self.optimizer.param_groups[0]["lr"]})
         return logged
+
+    def _report(self, decision: Decision) -> None:
+        tqdm.write(str(decision))
+        self._log({"kind": "sampler", **asdict(decision)})
+
+    def _update_sampling(self, ends_epoch: bool) -> bool:
+        """A decision after each epoch; within it, whether the batches that are left must be other ones."""
+        if self.sampling is None:
+            return False
+        if ends_epoch:
+            self._report(self.sampling.refresh(self.step))
+            return False
+        stale = self.sampling.went_stale(self.step)
+        if stale:
+            tqdm.write(f"step {self.step}: draws by gradient are stale; uniform batches up to the end of the epoch")
+        return stale
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        image_tower, text_tower = self.model.image_tower, self.model.text_tower
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+            images = (image_tower.project if self._images_cached else image_tower)(*batch.images)
+            texts = (text_tower.project if self._texts_cached else text_tower)(*batch.texts)
+        return images, texts
 
     def _rate(self, step: int) -> float:
         """Learning rate as a fraction of its peak."""
@@ -251,6 +287,7 @@ class Trainer:
             "model": self.model.trained_state(),
             "loss": self.loss.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer),
+            "sampling": self.sampling.state_dict() if self.sampling is not None else {},
         }
         metrics = self.out / METRICS_FILE
         record = {
@@ -274,6 +311,8 @@ class Trainer:
         self.model.load_trained_state(tensors["model"], str(path))
         self.loss.load_state_dict(tensors.get("loss", {}))
         restore_optimizer(self.optimizer, tensors.get("optimizer", {}))
+        if self.sampling is not None:
+            self.sampling.load_state_dict(tensors["sampling"])
         self.detector.load_state_dict(record["detector"])
         self.step, self.best = record["step"], record["best"]
         self.validations_since_best = record["validations_since_best"]

@@ -81,15 +81,15 @@ def test_a_batch_holds_each_caption_with_its_own_image() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_depends_on_seed_epoch_and_pair_alone(workers: int) -> None:
-    reference = views(iter(load_epoch(pairs(), ShuffledBatches(12, 4, 0), epoch=1, start=0, workers=0)))
-    other_order = views(iter(load_epoch(pairs(), ShuffledBatches(12, 5, 9), epoch=1, start=0, workers=workers)))
+    reference = views(iter(load_epoch(pairs(), 1, ShuffledBatches(12, 4, 0).epoch(1), workers=0)))
+    other_order = views(iter(load_epoch(pairs(), 1, ShuffledBatches(12, 5, 9).epoch(1), workers=workers)))
     assert reference.keys() == other_order.keys() == set(range(12))
     for pair, image in reference.items():
         assert torch.equal(image, other_order[pair])
     assert not torch.equal(reference[0], reference[1]), "the same picture with another caption"
 
-    later = views(iter(load_epoch(pairs(), ShuffledBatches(12, 4, 0), epoch=2, start=0, workers=workers)))
-    reseeded = views(iter(load_epoch(pairs(seed=1), ShuffledBatches(12, 4, 0), epoch=1, start=0, workers=workers)))
+    later = views(iter(load_epoch(pairs(), 2, ShuffledBatches(12, 4, 0).epoch(2), workers=workers)))
+    reseeded = views(iter(load_epoch(pairs(seed=1), 1, ShuffledBatches(12, 4, 0).epoch(1), workers=workers)))
     for other in (later, reseeded):
         assert sum(torch.equal(reference[p], other[p]) for p in range(12)) < 6
 
@@ -99,8 +99,8 @@ def test_a_loader_starts_anywhere_and_leaves_the_random_state_alone(workers: int
     torch.manual_seed(0)
     before = torch.get_rng_state()
     batches = ShuffledBatches(12, 5, 0)
-    whole = list(load_epoch(pairs(), batches, epoch=0, start=0, workers=workers))
-    rest = list(load_epoch(pairs(), batches, epoch=0, start=1, workers=workers))
+    whole = list(load_epoch(pairs(), 0, batches.epoch(0, 0), workers=workers))
+    rest = list(load_epoch(pairs(), 0, batches.epoch(0, 1), workers=workers))
     assert torch.equal(before, torch.get_rng_state()), "or dropout would differ after a resume"
     assert len(rest) == len(whole) - 1 == 2
     for again, batch in zip(rest, whole[1:], strict=True):

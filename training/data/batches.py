@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -175,6 +175,12 @@ class Pairs(Dataset[Batch]):
         )
 
 
+def epoch_length(count: int, batch_size: int) -> int:
+    """Batches of one epoch; a rest of a single pair, which has no negatives, is no batch of its own."""
+    full, rest = divmod(count, batch_size)
+    return max(1, full + (rest > 1))
+
+
 class ShuffledBatches:
     """Every caption once per epoch, in an order that depends only on ``(seed, epoch)``.
 
@@ -186,8 +192,7 @@ class ShuffledBatches:
         self.count, self.batch_size, self.seed = count, batch_size, seed
 
     def __len__(self) -> int:
-        full, rest = divmod(self.count, self.batch_size)
-        return max(1, full + (rest > 1))
+        return epoch_length(self.count, self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
         """Index lists of the epoch's batches from position ``start`` on."""
@@ -197,13 +202,19 @@ class ShuffledBatches:
             yield order[position * self.batch_size : end].tolist()
 
 
-def load_epoch(pairs: Pairs, batches: ShuffledBatches, epoch: int, start: int, workers: int) -> DataLoader[Batch]:
-    """A loader over what is left of an epoch, optionally with worker processes."""
+def load_epoch(pairs: Pairs, epoch: int, order: Iterable[list[int]], workers: int) -> DataLoader[Batch]:
+    """A loader over what is left of an epoch, optionally with worker processes.
+
+    Args:
+        pairs: The data.
+        epoch: Its number, which decides augmentation.
+        order: Index lists of the batches.
+        workers: Number of processes.
+    """
     pairs.epoch = epoch
-    order = list(batches.epoch(epoch, start))
     return DataLoader(
         pairs,
-        sampler=order,
+        sampler=list(order),
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),  # else each loader would draw from the global one, and a resumed run would differ

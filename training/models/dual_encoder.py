@@ -28,7 +28,7 @@ from training.models.hub import checksum, locate, unavailable
 from training.models.image_tower import PixelBackbone, build_image_backbone
 from training.models.similarity import SIMILARITIES, Similarity
 from training.models.text_tower import build_text_backbone
-from training.models.tower import Tower, default_device
+from training.models.tower import Tower, default_device, evaluating
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -103,19 +103,14 @@ class DualEncoder(nn.Module):
         """
         tower: Tower = self.image_tower if side == "image" else self.text_tower
         encode = tower.project if project else tower
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            rows = []
-            starts = range(0, len(inputs), batch_size)
-            bar = tqdm(starts, desc=f"encode {side}s", unit="batch", delay=2, leave=False, disable=len(starts) < 2)
+        rows = []
+        starts = range(0, len(inputs), batch_size)
+        bar = tqdm(starts, desc=f"encode {side}s", unit="batch", delay=2, leave=False, disable=len(starts) < 2)
+        with evaluating(self):
             for start in bar:
                 chosen = np.arange(start, min(start + batch_size, len(inputs)))
                 rows.append(encode(*inputs.fetch(chosen, None).to(self.device)).float().cpu())
-            return torch.cat(rows) if rows else torch.empty(0, self.config.dim)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        return torch.cat(rows) if rows else torch.empty(0, self.config.dim)
 
     def encode_images(self, images: Sequence[Image.Image | ImageSource], batch_size: int = 64) -> Tensor:
         """Pictures → embeddings float32 ``(N, D)``."""

@@ -1,0 +1,356 @@
+"""Batches drawn by gradient: keep clusters fresh, measure whether they pay, and step aside if not."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.config import ClusterConfig
+from training.data.batches import Batch, Pairs
+from training.errors import InputError
+from training.losses import Loss, LossOutput, NegativePool
+from training.models.tower import evaluating
+from training.sampling.clustering import Clusters, Floats, Labels, fit_clusters
+from training.sampling.gradient_factors import FactorRecorder, GradientSketch, record_factors
+from training.sampling.stratified import ImportanceBatches, StratifiedBatches, WeightedBatches
+from training.sampling.variance import SampledGain, sampled_gain
+
+PAYS = 0.5  # what doubling the batch does to the variance, at twice the cost
+MEMORY = 0.9  # weight of what is known about a pair's gradient when it passes by again
+RECORDED = ("sketches", "memory", "seen", "labels", "scores")
+CHUNK = 1024  # items whose gradients are taken at once
+PROBES = 512  # fresh gradients on which a decision rests
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a refresh found, ready for the log.
+
+    Attributes:
+        clusters: Their number.
+        largest: Items in the largest.
+        smallest: Items in the smallest.
+        moved: Items that changed their cluster.
+        explained: Part of the recorded gradients' scatter that lies between clusters.
+        equal: Variance of equal allocation over that of uniform batches, predicted from recorded gradients.
+        proportional: The same of proportional allocation.
+        neyman: The same of Neyman allocation.
+        importance: The same of independent draws by gradient norm.
+        measured: The ratio of what is configured, on fresh gradients of its own draws.
+        scatter: ``E|g - E g|²`` of single items, fresh.
+        effective: Effective sample size of a batch's weights, ``(Σ w)² / (B Σ w²)``, from 0 to 1.
+        refresh_seconds: What refreshing took.
+        overhead: What drawing by gradient costs beside a uniform epoch, negatives included; rounded up to 5 %.
+        go: Whether the next epoch is drawn so.
+    """
+
+    clusters: int
+    largest: int
+    smallest: int
+    moved: int
+    explained: float
+    equal: float
+    proportional: float
+    neyman: float
+    importance: float
+    measured: float
+    scatter: float
+    effective: float
+    refresh_seconds: float
+    overhead: float
+    go: bool
+
+    def __str__(self) -> str:
+        cost = self.measured * (1 + self.overhead)
+        verdict = "drawing by gradient" if self.go else "uniform batches"
+        return (
+            f"{self.clusters} clusters of {self.smallest}–{self.largest} pairs explain {self.explained:.0%}; "
+            f"variance ÷ uniform: equal {self.equal:.2f}, proportional {self.proportional:.2f}, "
+            f"neyman {self.neyman:.2f}, importance {self.importance:.2f}; "
+            f"measured {self.measured:.2f} × time {1 + self.overhead:.2f} = {cost:.2f} "
+            f"{'<' if self.go else '≥'} {PAYS} → {verdict}"
+        )
+
+
+class GradientSampling:
+    """Decides from what the next epoch's batches are drawn.
+
+    Before training, :meth:`start` looks at all pairs' gradients once. While training goes on, :meth:`backward`
+    keeps a sketch of each as it passes by, at hardly any cost. After an epoch :meth:`refresh` clusters these
+    and asks fresh gradients of a few drawn pairs what the clusters are worth: clusters may be stale, the
+    decision is not. During an epoch that is drawn from them :meth:`went_stale` asks again; twice a ratio
+    above 1 and the rest of the epoch is uniform.
+
+    In such an epoch a batch is B anchors with weights ``N_k / (N n_k)``, and M negatives drawn uniformly and apart
+    from them. Its expected gradient is that of the loss of uniform anchors against M uniform negatives, pool
+    included: that is unbiased. What is not: the loss *within* a batch that was not drawn uniformly (its value
+    depends on batch-mates, no weights repair that), and anything after gradient clipping or Adam. What clusters
+    and decisions go by are the gradients at the anchors, without the part that reaches the weights through
+    their negatives and without dropout; no choice of anchors removes the noise of those two.
+
+    Args:
+        model: Holds ``layers``; switched to evaluation for fresh gradients and back.
+        layers: The last linear map of each side; only their gradients are looked at.
+        embed: A batch → embeddings of both sides, ``(B, D)`` each.
+        pairs: The items.
+        loss: The training loss.
+        kind: ``clustered``, or ``importance`` for independent draws by gradient norm.
+        config: Settings.
+        batch_size: Items per batch.
+        seed: Decides clusters and draws.
+
+    Raises:
+        InputError: If there is no layer to look at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        embed: Callable[[Batch], tuple[Tensor, Tensor]],
+        pairs: Pairs,
+        loss: Loss,
+        kind: Literal["clustered", "importance"],
+        config: ClusterConfig,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        if not layers:
+            raise InputError(f"sampler = {kind}: neither tower ends in a linear map; add a head")
+        self.model, self.layers, self.embed, self.pairs, self.loss = model, layers, embed, pairs, loss
+        self.kind, self.config, self.batch_size, self.seed = kind, config, batch_size, seed
+        self.sketch = GradientSketch(config.sketch, seed)
+        self.sketches = torch.zeros(len(pairs), config.sketch)  # of each pair's gradient, as last seen
+        self.memory = torch.zeros(len(pairs), config.sketch)  # a running mean of these: what clusters are made of
+        self.seen = torch.zeros(len(pairs), dtype=torch.long)  # the value of clock when each was seen last
+        self.labels = torch.full((len(pairs),), -1)
+        self.scores = torch.ones(1)  # what the draws go by beside the labels: deviations of clusters, norms of items
+        self.batches: WeightedBatches | None = None  # None: uniform
+        self.clock = self.refreshed = 0  # steps, and steps at the last refresh
+        self.losing = 0  # checks in a row that found the draws worse than uniform ones
+        self.seconds = {"sampling": 0.0, "training": 0.0}  # since the last refresh
+
+    @contextmanager
+    def timed(self, what: Literal["sampling", "training"]) -> Iterator[None]:
+        """Adds up the time spent inside; ``training`` holds that of ``sampling``."""
+        begin = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[what] += time.perf_counter() - begin
+
+    @property
+    def negatives(self) -> int:
+        """Pairs M that are drawn as negatives beside the B anchors of a batch."""
+        return min(self.config.pool or self.batch_size, len(self.pairs))
+
+    def _draw_negatives(self, *numbers: int) -> Labels:
+        rng = np.random.default_rng((self.seed, *numbers))
+        return rng.choice(len(self.pairs), self.negatives, replace=False)
+
+    def epoch(self, epoch: int, start: int) -> Iterator[list[int]] | None:
+        """Index lists of B anchors and M negatives, from position ``start`` on; None for a uniform epoch."""
+        if self.batches is None:
+            return None
+        draws = enumerate(self.batches.epoch(epoch, start), start)
+        return ([*draw.indices.tolist(), *self._draw_negatives(epoch, at).tolist()] for at, draw in draws)
+
+    def backward(self, batch: Batch) -> LossOutput:
+        """Loss and gradient of a training step, keeping a sketch of each anchor's gradient.
+
+        Args:
+            batch: B pairs of a uniform shuffle, or B anchors and M negatives of :meth:`epoch`.
+        """
+        count = len(batch.pairs) if self.batches is None else self.batch_size
+        anchors, ids, weights = batch.pairs[:count], batch.image_ids, torch.ones(count)
+        with FactorRecorder(self.layers) as recorder:
+            images, captions = self.embed(batch)
+            if self.batches is None:
+                output = self.loss(images, captions, ids)
+            else:
+                weights = torch.from_numpy(self.batches.weights[anchors.numpy()]).float()
+                pool = NegativePool(images[count:], captions[count:], ids[count:])
+                own = images[:count], captions[:count], ids[:count]
+                output = self.loss.weighted(*own, pool, weights.to(ids.device))
+            output.value.backward()  # type: ignore[no-untyped-call]
+        with self.timed("sampling"):
+            gradients = self.sketch([layer.first(count) for layer in recorder.factors()]).float().cpu()
+            gradients *= (count if self.loss.reduction == "mean" else 1) / weights[:, None]
+            self.clock += 1
+            self.seen[anchors] = self.clock
+            self.sketches[anchors] = gradients
+            self.memory[anchors] = torch.lerp(self.memory[anchors], gradients, 1 - MEMORY)
+        return output
+
+    def fresh_gradients(self, items: Labels, negatives: Labels) -> Tensor:
+        """Sketches of the items' gradients against a pool of ``negatives`` at the current weights, ``(n, m)``."""
+        batch, others = (
+            self.pairs[chosen.tolist()].to(next(self.model.parameters()).device) for chosen in (items, negatives)
+        )
+
+        def costs() -> Tensor:
+            return self.loss.pair_costs(*self.embed(batch), batch.image_ids, pool)[0]
+
+        with evaluating(self.model):
+            with torch.no_grad():
+                pool = NegativePool(*self.embed(others), others.image_ids)
+            return self.sketch(record_factors(self.layers, costs)).float().cpu()
+
+    def start(self) -> Decision:
+        """Record the gradients of all items at the first weights, and decide about the first epoch.
+
+        These tell pairs apart that training will soon have satisfied, whose gradients are all zero from then on.
+        """
+        negatives = self._draw_negatives(0)
+        chunks = np.array_split(np.arange(len(self.pairs)), math.ceil(len(self.pairs) / CHUNK))
+        for items in tqdm(chunks, desc="gradients", unit="batch", delay=2, leave=False):
+            self.sketches[items] = self.fresh_gradients(items, negatives)
+        self.memory.copy_(self.sketches)
+        return self.refresh(0)
+
+    def refresh(self, step: int) -> Decision:
+        """Cluster what was recorded, and decide about the epoch that begins with ``step``."""
+        begin = time.perf_counter()
+        again = int(self.labels.min()) >= 0
+        fitted = fit_clusters(
+            self.memory.numpy(),
+            self.config.count,
+            self.config.allocation,
+            init=self.labels.numpy() if again else "random",
+            max_sweeps=1 if again else 20,
+            seed=self.seed,
+        )
+        clusters, length = self._recent(fitted.labels)
+        self.labels = torch.from_numpy(clusters.labels)
+        # Duplicates were seen at different times, so some of their scatter is staleness. It shows lately or in the
+        # long run, rarely in both; that of pairs which really differ shows in both.
+        deviations = np.minimum(*(_shares(of) for of in (fitted, clusters)))
+        lengths = torch.linalg.vector_norm(self.sketches, dim=1).double()
+        self.scores = lengths if self.kind == "importance" else torch.from_numpy(deviations)
+        batches = self._plan()
+        gain, effective = self._probe(batches, step, PROBES)
+        seconds = time.perf_counter() - begin
+
+        pool = self.negatives / self.batch_size  # negatives cost what anchors do
+        training = (self.seconds["training"] - self.seconds["sampling"]) / (1 if self.batches is None else 1 + pool)
+        overhead = round_up(pool + (self.seconds["sampling"] + seconds) / training if training > 0 else pool)
+        self.refreshed = self.clock
+        self.seconds, self.losing = dict.fromkeys(self.seconds, 0.0), 0
+        go = gain.ratio * (1 + overhead) < PAYS
+        self.batches = batches if go else None
+        return Decision(
+            clusters=len(clusters.sizes),
+            largest=int(clusters.sizes.max()),
+            smallest=int(clusters.sizes.min()),
+            moved=sum(fitted.moved),
+            explained=clusters.explained,
+            equal=clusters.variance_ratio("equal"),
+            proportional=clusters.variance_ratio("proportional"),
+            neyman=clusters.variance_ratio("neyman"),
+            importance=importance_ratio(clusters, length),
+            measured=gain.ratio,
+            scatter=gain.uniform,
+            effective=effective,
+            refresh_seconds=seconds,
+            overhead=overhead,
+            go=go,
+        )
+
+    def _recent(self, labels: Labels) -> tuple[Clusters, float]:
+        """Clusters with the statistics of what was seen in the last half epoch, scaled to all; mean length ``|g|``.
+
+        What was seen earlier has changed since.
+        """
+        seen = self.seen.numpy() >= (self.refreshed + self.clock) / 2
+        seen |= ~np.isin(labels, labels[seen])
+        sketches, sizes = self.sketches.numpy()[seen], np.bincount(labels).astype(np.float64)
+        recent = Clusters.of(sketches, labels[seen])
+        scale = sizes / recent.sizes
+        lengths = np.bincount(labels[seen], weights=np.linalg.norm(sketches, axis=1))
+        clusters = Clusters(labels, sizes, recent.sums * scale[:, None], recent.squares * scale)
+        return clusters, float(lengths @ scale / len(labels))
+
+    def _plan(self) -> WeightedBatches:
+        """What the next epoch draws from, if it pays."""
+        mix, batch_size, scores = self.config.mix, self.batch_size, self.scores.numpy()
+        if self.kind == "importance":
+            return ImportanceBatches(scores, batch_size, mix, self.seed)
+        return StratifiedBatches(self.labels.numpy(), batch_size, self.config.allocation, scores, mix, self.seed)
+
+    def _probe(self, batches: WeightedBatches, step: int, count: int) -> tuple[SampledGain, float]:
+        """Gain on fresh gradients of drawn items, and the effective sample size of their weights."""
+        draws = batches.epoch(step + 1)  # at this step, training is in an epoch of a lower number
+        chosen = [next(draws) for _ in range(min(len(batches), math.ceil(count / self.batch_size)))]
+        items, weights, strata = (
+            np.concatenate([getattr(draw, name) for draw in chosen]) for name in ("indices", "weights", "strata")
+        )
+        gradients = self.fresh_gradients(items, self._draw_negatives(step + 1)).numpy()
+        effective = float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum()))
+        return sampled_gain(gradients, weights, strata, batches.expected, len(chosen)), effective
+
+    def went_stale(self, step: int) -> bool:
+        """The freshness guard, after every step: True where the rest of an epoch drawn by gradient turns uniform.
+
+        After each quarter of the epoch it asks fresh gradients of a few drawn pairs again; draws that are
+        worse than uniform ones twice in a row are given up.
+        """
+        if self.batches is None or step % max(1, len(self.batches) // 4):
+            return False
+        with self.timed("sampling"):
+            gain, _ = self._probe(self.batches, step, PROBES // 2)
+        self.losing = self.losing + 1 if gain.ratio > 1 else 0
+        if self.losing > 1:
+            self.batches = None
+        return self.batches is None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that :meth:`load_state_dict` needs to go on as if nothing had happened."""
+        flags = [self.batches is not None, self.losing, self.clock, self.refreshed, *self.seconds.values()]
+        return {
+            **{name: getattr(self, name) for name in RECORDED},
+            "flags": torch.tensor(flags, dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name in RECORDED:
+            setattr(self, name, state[name])
+        drawing, *counts, sampling, training = state["flags"].tolist()
+        self.losing, self.clock, self.refreshed = map(int, counts)
+        self.seconds = {"sampling": sampling, "training": training}
+        if drawing:
+            self.batches = self._plan()
+
+
+def _shares(clusters: Clusters) -> Floats:
+    """Deviation of each cluster over the mean one of all items; 1 where there is none."""
+    deviations = np.sqrt(clusters.scatter / clusters.sizes)
+    mean = float(clusters.sizes @ deviations / clusters.sizes.sum())
+    return deviations / mean if mean > 0 else np.ones_like(deviations)
+
+
+def round_up(overhead: float) -> float:
+    """To the next 5 %: a decision should not hang on a millisecond, or a resumed run could take another."""
+    return math.ceil(overhead * 20) / 20
+
+
+def importance_ratio(clusters: Clusters, length: float) -> float:
+    """Variance of draws by gradient norm over that of uniform ones, ``((mean |g|)² - |μ|²) N / S``."""
+    count, scatter = clusters.sizes.sum(), clusters.total_scatter
+    mean_square = float(np.square(clusters.sums.sum(axis=0) / count).sum())
+    return float((length**2 - mean_square) * count / scatter) if scatter > 0 else 1.0
+
+
+def last_linear_maps(*heads: nn.Module) -> list[nn.Module]:
+    """The last linear map of each head that has one."""
+    linear = [[module for module in head.modules() if isinstance(module, nn.Linear)] for head in heads]
+    return [found[-1] for found in linear if found]
