@@ -18,7 +18,7 @@ from training.config import ClusterConfig
 from training.data.batches import Batch, Pairs
 from training.errors import InputError
 from training.losses import Loss, LossOutput, NegativePool
-from training.models.tower import evaluating
+from training.models.tower import Tower, evaluating
 from training.sampling.clustering import Clusters, Floats, Labels, fit_clusters
 from training.sampling.gradient_factors import FactorRecorder, GradientSketch, record_factors
 from training.sampling.stratified import ImportanceBatches, StratifiedBatches, WeightedBatches
@@ -99,7 +99,7 @@ class GradientSampling:
 
     Args:
         model: Holds ``layers``; switched to evaluation for fresh gradients and back.
-        layers: The last linear map of each side; only their gradients are looked at.
+        layers: One or more layers that :class:`FactorRecorder` takes; only their gradients are looked at.
         embed: A batch → embeddings of both sides, ``(B, D)`` each.
         pairs: The items.
         loss: The training loss.
@@ -125,7 +125,9 @@ class GradientSampling:
         seed: int,
     ) -> None:
         if not layers:
-            raise InputError(f"sampler = {kind}: neither tower ends in a linear map; add a head")
+            raise InputError(
+                f"sampler = {kind}: neither tower has a linear map or word embeddings to train; add a head"
+            )
         self.model, self.layers, self.embed, self.pairs, self.loss = model, layers, embed, pairs, loss
         self.kind, self.config, self.batch_size, self.seed = kind, config, batch_size, seed
         self.sketch = GradientSketch(config.sketch, seed)
@@ -153,7 +155,8 @@ class GradientSampling:
         """Pairs M that are drawn as negatives beside the B anchors of a batch."""
         return min(self.config.pool or self.batch_size, len(self.pairs))
 
-    def _draw_negatives(self, *numbers: int) -> Labels:
+    def draw_negatives(self, *numbers: int) -> Labels:
+        """A pool of M items, int64 ``(M,)``, a function of the seed and the numbers."""
         rng = np.random.default_rng((self.seed, *numbers))
         return rng.choice(len(self.pairs), self.negatives, replace=False)
 
@@ -162,7 +165,7 @@ class GradientSampling:
         if self.batches is None:
             return None
         draws = enumerate(self.batches.epoch(epoch, start), start)
-        return ([*draw.indices.tolist(), *self._draw_negatives(epoch, at).tolist()] for at, draw in draws)
+        return ([*draw.indices.tolist(), *self.draw_negatives(epoch, at).tolist()] for at, draw in draws)
 
     def backward(self, batch: Batch) -> LossOutput:
         """Loss and gradient of a training step, keeping a sketch of each anchor's gradient.
@@ -191,29 +194,45 @@ class GradientSampling:
             self.memory[anchors] = torch.lerp(self.memory[anchors], gradients, 1 - MEMORY)
         return output
 
-    def fresh_gradients(self, items: Labels, negatives: Labels) -> Tensor:
-        """Sketches of the items' gradients against a pool of ``negatives`` at the current weights, ``(n, m)``."""
+    def fresh_gradients(self, items: Labels, negatives: Labels) -> tuple[Tensor, Tensor]:
+        """Sketches ``(n, m)`` of the items' gradients, and their losses ``(n,)``, at the current weights.
+
+        Args:
+            items: int64 ``(n,)``.
+            negatives: int64 ``(M,)``, what they are compared with.
+        """
         batch, others = (
             self.pairs[chosen.tolist()].to(next(self.model.parameters()).device) for chosen in (items, negatives)
         )
 
         def costs() -> Tensor:
-            return self.loss.pair_costs(*self.embed(batch), batch.image_ids, pool)[0]
+            each = self.loss.pair_costs(*self.embed(batch), batch.image_ids, pool)[0]
+            losses.append(each.detach().float().cpu())
+            return each
 
+        losses: list[Tensor] = []
         with evaluating(self.model):
             with torch.no_grad():
                 pool = NegativePool(*self.embed(others), others.image_ids)
-            return self.sketch(record_factors(self.layers, costs)).float().cpu()
+            sketches = self.sketch(record_factors(self.layers, costs)).float().cpu()
+        return sketches, losses[0]
+
+    def chunks(self) -> Iterator[Labels]:
+        """All items, so many at a time as fit in memory, with a progress bar."""
+        chunks = np.array_split(np.arange(len(self.pairs)), math.ceil(len(self.pairs) / CHUNK))
+        yield from tqdm(chunks, desc="gradients", unit="batch", delay=2, leave=False)
+
+    def all_gradients(self, negatives: Labels) -> tuple[Tensor, Tensor]:
+        """:meth:`fresh_gradients` of all items, ``(N, m)`` and ``(N,)``."""
+        sketches, losses = zip(*(self.fresh_gradients(items, negatives) for items in self.chunks()), strict=True)
+        return torch.cat(sketches), torch.cat(losses)
 
     def start(self) -> Decision:
         """Record the gradients of all items at the first weights, and decide about the first epoch.
 
         These tell pairs apart that training will soon have satisfied, whose gradients are all zero from then on.
         """
-        negatives = self._draw_negatives(0)
-        chunks = np.array_split(np.arange(len(self.pairs)), math.ceil(len(self.pairs) / CHUNK))
-        for items in tqdm(chunks, desc="gradients", unit="batch", delay=2, leave=False):
-            self.sketches[items] = self.fresh_gradients(items, negatives)
+        self.sketches, _ = self.all_gradients(self.draw_negatives(0))
         self.memory.copy_(self.sketches)
         return self.refresh(0)
 
@@ -293,9 +312,9 @@ class GradientSampling:
         items, weights, strata = (
             np.concatenate([getattr(draw, name) for draw in chosen]) for name in ("indices", "weights", "strata")
         )
-        gradients = self.fresh_gradients(items, self._draw_negatives(step + 1)).numpy()
+        gradients, _ = self.fresh_gradients(items, self.draw_negatives(step + 1))
         effective = float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum()))
-        return sampled_gain(gradients, weights, strata, batches.expected, len(chosen)), effective
+        return sampled_gain(gradients.numpy(), weights, strata, batches.expected, len(chosen)), effective
 
     def went_stale(self, step: int) -> bool:
         """The freshness guard, after every step: True where the rest of an epoch drawn by gradient turns uniform.
@@ -350,7 +369,18 @@ def importance_ratio(clusters: Clusters, length: float) -> float:
     return float((length**2 - mean_square) * count / scatter) if scatter > 0 else 1.0
 
 
-def last_linear_maps(*heads: nn.Module) -> list[nn.Module]:
-    """The last linear map of each head that has one."""
-    linear = [[module for module in head.modules() if isinstance(module, nn.Linear)] for head in heads]
-    return [found[-1] for found in linear if found]
+def factored_layers(*towers: Tower) -> list[nn.Module]:
+    """What is looked at in each tower: the last linear map of its head, else its trained word embeddings.
+
+    The recurrent weights between a word embedding and a head have no factors here.
+    """
+    layers: list[nn.Module] = []
+    for tower in towers:
+        linear = [module for module in tower.head.modules() if isinstance(module, nn.Linear)]
+        words = [
+            module
+            for module in tower.backbone.modules()
+            if isinstance(module, nn.Embedding) and module.weight.requires_grad
+        ]
+        layers += linear[-1:] or words[:1]
+    return layers

@@ -7,10 +7,11 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from training.data.text import HubTokenizer, Tokenizer, WordTokenizer
 from training.errors import InputError
 from training.evaluation.protocols import evaluate
 from training.files import write_text
-from training.gradient_sampling import Decision, GradientSampling, last_linear_maps
+from training.gradient_sampling import Decision, GradientSampling, factored_layers
 from training.losses import CollapseDetector, Curriculum, InfoNCE, Loss, SigmoidLoss, SumOfHinges
 from training.model_card import model_card
 from training.models.dual_encoder import WEIGHTS_FILE, DualEncoder
@@ -34,6 +35,7 @@ from training.models.features import corpus_encoder, corpus_inputs
 from training.models.hub import locate
 from training.models.similarity import Similarity
 from training.models.tower import default_device
+from training.sampling.stratified import ImportanceBatches
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +101,12 @@ class Trainer:
         self.loss = build_loss(config.loss, self.model.similarity, len(self.batches)).to(self.device)
         self.detector = CollapseDetector(config.loss.margin)
         self.optimizer = self._build_optimizer()
-        self.sampling: GradientSampling | None = None
-        if config.sampler != "uniform":
-            heads = last_linear_maps(self.model.image_tower.head, self.model.text_tower.head)
-            settings = config.sampler, config.clusters, config.optim.batch_size, config.seed
-            self.sampling = GradientSampling(self.model, heads, self._embed, self.pairs, self.loss, *settings)
+        self.sampling = None if config.sampler == "uniform" else self.gradient_sampling(config.sampler)
+        weights, self._by_weight = self.train_corpus.weights, None
+        if weights is not None:  # pairs come as often as the duplicates that they stand for would
+            self._by_weight = ImportanceBatches(weights, config.optim.batch_size, mix=0.0, seed=config.seed)
+            if self.sampling is not None:
+                raise InputError(f"{config.data}: its pairs are drawn by their weights; leave out --sampler")
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.validations_since_best = 0
@@ -116,8 +119,11 @@ class Trainer:
         if not resume:
             self._save()  # from here on a killed run can be resumed
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, epochs: int | None = None) -> dict[str, Any]:
         """Train to the end, or to the point where patience runs out.
+
+        Args:
+            epochs: Stop after this epoch; another call goes on from there.
 
         Returns:
             The best validation metrics in the form of ``vse evaluate --json``; the weights that reached them
@@ -127,12 +133,12 @@ class Trainer:
             InputError: If the loss or a gradient stops being finite; names the batch.
         """
         config = self.config
+        end = self.total_steps if epochs is None else min(self.total_steps, epochs * len(self.batches))
         if self.sampling is not None and self.step == 0:
             self._report(self.sampling.start())
-        while self.step < self.total_steps and not self._out_of_patience():
+        while self.step < end and not self._out_of_patience():
             epoch, position = divmod(self.step, len(self.batches))
-            drawn = self.sampling.epoch(epoch, position) if self.sampling is not None else None
-            loader = load_epoch(self.pairs, epoch, drawn or self.batches.epoch(epoch, position), config.workers)
+            loader = load_epoch(self.pairs, epoch, self._order(epoch, position), config.workers)
             bar = tqdm(
                 total=len(self.pairs),
                 initial=position * config.optim.batch_size,
@@ -192,6 +198,19 @@ class Trainer:
         if self.step % 50 == 0:
             self._log({"kind": "train", **logged, "lr": self.optimizer.param_groups[0]["lr"]})
         return logged
+
+    def _order(self, epoch: int, position: int) -> Iterator[list[int]]:
+        """Index lists of the epoch's batches from ``position`` on."""
+        if self._by_weight is not None:
+            return (draw.indices.tolist() for draw in self._by_weight.epoch(epoch, position))
+        drawn = self.sampling.epoch(epoch, position) if self.sampling is not None else None
+        return drawn or self.batches.epoch(epoch, position)
+
+    def gradient_sampling(self, kind: Literal["clustered", "importance"]) -> GradientSampling:
+        """Draws by gradient over this run's pairs, model and loss."""
+        layers = factored_layers(self.model.image_tower, self.model.text_tower)
+        settings = kind, self.config.clusters, self.config.optim.batch_size, self.config.seed
+        return GradientSampling(self.model, layers, self._embed, self.pairs, self.loss, *settings)
 
     def _report(self, decision: Decision) -> None:
         tqdm.write(str(decision))

@@ -104,6 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--worst", type=int, default=0, metavar="N", help="also print the N worst queries")
     verb.set_defaults(run=_evaluate)
 
+    verb = verbs.add_parser("variance", help="is the training data redundant, and which sampler would gain by it?")
+    verb.add_argument("directory", metavar="RUN", type=Path, help="run directory; its training is replayed")
+    verb.add_argument("--data", default=None, help="KIND:PATH (default: the run's own)")
+    verb.add_argument("--epochs", type=int, default=None, help="replay so many (default: all; 0: before training)")
+    verb.add_argument("--draws", type=int, default=200, help="batches of each sampler per measurement (default: 200)")
+    verb.add_argument("--out", type=Path, default=None, help="folder for figures and JSON (default: RUN/variance)")
+    verb.add_argument("--dedup", type=Path, default=None, metavar="FILE", help="write the data without its copies")
+    verb.add_argument("--tolerance", type=float, default=1e-3, help="how much copies may differ (default: 0.001)")
+    verb.add_argument("--no-plot", action="store_true", help="do without matplotlib")
+    verb.set_defaults(run=_variance)
+
     verb = verbs.add_parser("index", help="a searchable gallery of pictures")
     verb.add_argument("gallery", type=Path)
     actions = verb.add_subparsers(metavar="add|remove|info", required=True)
@@ -204,6 +215,46 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(format_worst(worst), file=sys.stderr if piped else sys.stdout)
     if args.json and not piped:
         write_text(args.json, record + "\n")
+
+
+def _variance(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from training.config import read_toml
+    from training.data.formats import dedup
+    from training.errors import InputError
+    from training.gradient_study import GradientStudy
+    from vse_app import variance_report as report
+
+    if args.draws < 4:
+        raise InputError(f"variance: --draws {args.draws}: too few to estimate a variance; take 50 or more")
+    config = read_toml(args.directory / "config.toml")
+    config = replace(config, data=args.data or config.data)
+    epochs = config.optim.epochs if args.epochs is None else args.epochs
+    if not 0 <= epochs <= config.optim.epochs:
+        raise InputError(f"variance: --epochs {epochs}: the run has {config.optim.epochs}; choose from 0 to that")
+    out: Path = args.out or args.directory / "variance"
+    study = GradientStudy(config, args.draws)
+    corpus = study.trainer.train_corpus
+    found = study.redundancy(args.tolerance)
+    print(report.format_redundancy(found, corpus))
+    if args.dedup:
+        weights = report.kept_weights(found, corpus)
+        dedup.write(args.dedup, config.data, config.train_split, weights)
+        print(f"{args.dedup}: {len(weights):,} pairs with weights; train on them with --data dedup:{args.dedup}")
+    points = []
+    for point in study.points(epochs):
+        points.append(point)
+        print(f"\n{report.format_point(point)}")
+    report.write_json(out / "variance.json", report.to_json(points, found, corpus, config.data, config.train_split))
+    written = ["variance.json"]
+    if report.write_sheet(found, corpus, out / "copies.png"):
+        written.append("copies.png")
+    if not args.no_plot:
+        title = f"{config.data} [{config.train_split}], {len(corpus):,} pairs, batch {config.optim.batch_size}"
+        report.write_plot(points, title, out / "variance.png")
+        written.append("variance.png")
+    print(f"\n{out}: {', '.join(written)}")
 
 
 def _index_add(args: argparse.Namespace) -> None:

@@ -61,7 +61,7 @@ def explicit_sketches(trainer: Trainer, items: Labels, negatives: Labels) -> tor
 def test_fresh_gradients_equal_autograd(name: str, clustered: Config) -> None:
     trainer = Trainer(with_loss(clustered, name=name))
     items, negatives = np.arange(0, 60, 7), np.arange(1, 120, 11)
-    found = sampling(trainer).fresh_gradients(items, negatives)
+    found, _ = sampling(trainer).fresh_gradients(items, negatives)
     torch.testing.assert_close(found, explicit_sketches(trainer, items, negatives))
 
 
@@ -205,8 +205,18 @@ def test_the_guard_turns_stale_draws_uniform_after_two_bad_checks(
     assert sizes == [16] * 12 + [8] * 3, "checks at 3, 6, 9 and 12: bad, good, bad, bad"
 
 
-def test_a_model_without_a_linear_map_is_refused(config: Config) -> None:
+def test_word_embeddings_stand_in_for_a_head(config: Config) -> None:
+    """A GRU without a head, and features without one: the words are all there is to look at."""
     image = replace(config.model.image, head="none")
-    model = replace(config.model, image=image, dim=10)
-    with pytest.raises(InputError, match="neither tower ends in a linear map; add a head"):
-        Trainer(replace(config, model=model, sampler="clustered"))
+    trainer = Trainer(replace(config, model=replace(config.model, image=image, dim=10), sampler="clustered"))
+    assert [type(layer) for layer in sampling(trainer).layers] == [torch.nn.Embedding]
+    sampling(trainer).start()
+    assert sampling(trainer).sketches.norm(dim=1).min() > 0
+
+
+def test_nothing_to_look_at_is_refused(config: Config) -> None:
+    trainer = Trainer(config)
+    trainer.model.text_tower.backbone.requires_grad_(False)
+    trainer.model.image_tower.head = torch.nn.Identity()
+    with pytest.raises(InputError, match="neither tower has a linear map or word embeddings to train"):
+        trainer.gradient_sampling("clustered")

@@ -49,6 +49,8 @@ class Corpus:
         images: The pictures, ``(I,)``; empty when only features are known.
         features: Precomputed image features ``(I, F)`` or ``(I, R, F)``, possibly memory-mapped; None when
             there are pictures.
+        weights: How many pairs each one stands for, float64 ``(C,)``, where duplicates have been left out; None
+            where every pair stands for itself.
 
     Raises:
         InputError: On duplicate identifiers, a caption that is empty or owned by no image, an image
@@ -63,6 +65,7 @@ class Corpus:
     owner: NDArray[np.int64]
     images: Sequence[ImageSource] = ()
     features: NDArray[np.floating] | None = None
+    weights: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         where = f"{self.name} [{self.split}]"
@@ -105,16 +108,31 @@ class Corpus:
         chosen = [int(index) for index in image_indices]
         position = np.full(len(self.image_ids), -1, dtype=np.int64)
         position[chosen] = np.arange(len(chosen))
-        kept = np.flatnonzero(position[self.owner] >= 0).tolist()
+        kept = np.flatnonzero(position[self.owner] >= 0)
+        weights = None if self.weights is None else self.weights[kept]
+        return self._part(chosen, kept, split or self.split, weights)
+
+    def select(self, captions: NDArray[np.int64], weights: NDArray[np.float64]) -> Corpus:
+        """The given captions, in the given order, with their weights and the images that they describe."""
+        images = np.unique(self.owner[captions])
+        return self._part(images.tolist(), captions, self.split, weights)
+
+    def _part(
+        self, images: list[int], captions: NDArray[np.int64], split: str, weights: NDArray[np.float64] | None
+    ) -> Corpus:
+        position = np.full(len(self.image_ids), -1, dtype=np.int64)
+        position[images] = np.arange(len(images))
+        chosen, kept = images, captions.tolist()
         return Corpus(
             name=self.name,
-            split=split or self.split,
+            split=split,
             image_ids=[self.image_ids[i] for i in chosen],
             captions=[self.captions[c] for c in kept],
             caption_ids=[self.caption_ids[c] for c in kept],
-            owner=position[self.owner[kept]],
+            owner=position[self.owner[captions]],
             images=[self.images[i] for i in chosen] if self.images else (),
             features=self.features[chosen] if self.features is not None else None,
+            weights=weights,
         )
 
     def fingerprint(self, side: str) -> str:
@@ -145,4 +163,7 @@ def concatenate(parts: Sequence[Corpus]) -> Corpus:
         features=None
         if parts[0].features is None
         else np.concatenate([part.features for part in parts if part.features is not None]),
+        weights=None
+        if all(part.weights is None for part in parts)
+        else np.concatenate([np.ones(len(p)) if p.weights is None else p.weights for p in parts]),
     )

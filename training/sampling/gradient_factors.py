@@ -108,7 +108,8 @@ class GradientSketch:
                 if layer.bias:
                     left = left + signs[-1]
             else:
-                left = self._signed(number, 0, int(inputs.max()) + 1, deltas)[inputs]
+                words = 1 << int(inputs.max()).bit_length()  # a few sizes, however many words a batch has
+                left = self._signed(number, 0, words, deltas)[inputs]
             sketches.append((left * (deltas @ self._signed(number, 1, deltas.shape[-1], deltas))).sum(dim=1))
         total: Tensor = torch.stack(sketches).sum(dim=0) * self.size**-0.5
         return total

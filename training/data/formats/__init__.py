@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from training.data.corpus import Corpus, concatenate
-from training.data.formats import coco_annotations, folder, karpathy, precomputed
+from training.data.formats import coco_annotations, dedup, folder, karpathy, precomputed
 from training.errors import InputError
 
 _READERS: dict[str, ModuleType] = {
@@ -14,6 +14,7 @@ _READERS: dict[str, ModuleType] = {
     "coco": coco_annotations,
     "precomputed": precomputed,
     "folder": folder,
+    "dedup": dedup,
 }
 # In the order in which they are tried: whoever keeps dataset_coco.json beside COCO's own files wants it.
 _SIGNS = {
@@ -29,7 +30,7 @@ def load_corpus(spec: str, split: str) -> Corpus:
     """Reads one split, or several joined, of a data set.
 
     Args:
-        spec: ``KIND:PATH`` with kind ``karpathy``, ``coco``, ``precomputed`` or ``folder``; ``PATH``
+        spec: ``KIND:PATH`` with kind ``karpathy``, ``coco``, ``precomputed``, ``folder`` or ``dedup``; ``PATH``
             alone, whose kind is detected from its files; or ``scenes[:N]``, N generated images.
         split: A split's name, or several joined by ``+`` such as ``train+restval``.
 
@@ -77,7 +78,7 @@ def _resolve(spec: str) -> tuple[str, str]:
         raise InputError(f"{path}: no such file or folder; check the path")
     if kind not in _READERS or not colon:
         kind = _detect(path)
-    elif not path.is_dir() and kind != "karpathy":
+    elif not path.is_dir() and kind not in ("karpathy", "dedup"):
         raise InputError(f"{path}: not a folder; {kind} data are read from a folder")
     return kind, str(path)
 

@@ -1,0 +1,69 @@
+"""Other data without its duplicates: a JSON file that names them and says how many pairs each kept one stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.data.corpus import Corpus
+from training.data.formats.records import member, parse_json, read_text
+from training.errors import InputError
+from training.files import write_text
+
+
+def read(path: Path, split: str) -> Corpus:
+    """Reads the kept captions of the split that was deduplicated, with weights; other splits as they are.
+
+    Args:
+        path: A file written by :func:`write`.
+        split: A split of the data it names.
+
+    Raises:
+        InputError: On bad JSON, a caption that the data does not have, or a weight below 1.
+    """
+    from training.data.formats import load_corpus  # which reads this format, too
+
+    record = _record(path)
+    corpus = load_corpus(record["data"], split)
+    if split != record["split"]:
+        return corpus
+    index = {caption_id: number for number, caption_id in enumerate(corpus.caption_ids)}
+    for caption_id, weight in record["weights"].items():
+        if caption_id not in index:
+            raise InputError(f"{path}: {record['data']} [{split}] has no caption {caption_id!r}; make the file anew")
+        if type(weight) not in (int, float) or not weight >= 1:
+            raise InputError(f"{path}: caption {caption_id!r}: weight {weight!r} is not a number of pairs; correct it")
+    chosen = np.array([index[caption_id] for caption_id in record["weights"]], dtype=np.int64)
+    return corpus.select(chosen, np.array(list(record["weights"].values()), dtype=np.float64))
+
+
+def splits(path: Path) -> list[str]:
+    """The splits of the data that the file names."""
+    from training.data.formats import available_splits
+
+    return available_splits(_record(path)["data"])
+
+
+def write(path: Path, data: str, split: str, weights: Mapping[str, int]) -> None:
+    """Write what :func:`read` reads.
+
+    Args:
+        path: The file.
+        data: ``KIND:PATH`` of the data.
+        split: Its deduplicated split.
+        weights: Kept caption ids, and how many pairs each stands for.
+    """
+    write_text(path, json.dumps({"data": data, "split": split, "weights": dict(weights)}, indent=1) + "\n")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = parse_json(read_text(path), str(path))
+    for key, kind in (("data", str), ("split", str), ("weights", dict)):
+        member(record, key, kind, str(path))
+    if not record["weights"]:
+        raise InputError(f"{path}: keeps no caption; make the file anew")
+    return dict(record)
