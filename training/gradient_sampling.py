@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,71 +19,22 @@ from training.errors import InputError
 from training.losses import Loss, LossOutput, NegativePool
 from training.models.tower import Tower, evaluating
 from training.sampling.clustering import Clusters, Floats, Labels, fit_clusters
+from training.sampling.decision import PAYS, Decision, importance_ratio, round_up
 from training.sampling.gradient_factors import FactorRecorder, GradientSketch, record_factors
 from training.sampling.stratified import ImportanceBatches, StratifiedBatches, WeightedBatches
 from training.sampling.variance import SampledGain, sampled_gain
 
-PAYS = 0.5  # what doubling the batch does to the variance, at twice the cost
 MEMORY = 0.9  # weight of what is known about a pair's gradient when it passes by again
 RECORDED = ("sketches", "memory", "seen", "labels", "scores")
+SAMPLE = 2048  # items on which a run decides whether to look at all of them
 CHUNK = 1024  # items whose gradients are taken at once
 PROBES = 512  # fresh gradients on which a decision rests
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a refresh found, ready for the log.
-
-    Attributes:
-        clusters: Their number.
-        largest: Items in the largest.
-        smallest: Items in the smallest.
-        moved: Items that changed their cluster.
-        explained: Part of the recorded gradients' scatter that lies between clusters.
-        equal: Variance of equal allocation over that of uniform batches, predicted from recorded gradients.
-        proportional: The same of proportional allocation.
-        neyman: The same of Neyman allocation.
-        importance: The same of independent draws by gradient norm.
-        measured: The ratio of what is configured, on fresh gradients of its own draws.
-        scatter: ``E|g - E g|²`` of single items, fresh.
-        effective: Effective sample size of a batch's weights, ``(Σ w)² / (B Σ w²)``, from 0 to 1.
-        refresh_seconds: What refreshing took.
-        overhead: What drawing by gradient costs beside a uniform epoch, negatives included; rounded up to 5 %.
-        go: Whether the next epoch is drawn so.
-    """
-
-    clusters: int
-    largest: int
-    smallest: int
-    moved: int
-    explained: float
-    equal: float
-    proportional: float
-    neyman: float
-    importance: float
-    measured: float
-    scatter: float
-    effective: float
-    refresh_seconds: float
-    overhead: float
-    go: bool
-
-    def __str__(self) -> str:
-        cost = self.measured * (1 + self.overhead)
-        verdict = "drawing by gradient" if self.go else "uniform batches"
-        return (
-            f"{self.clusters} clusters of {self.smallest}–{self.largest} pairs explain {self.explained:.0%}; "
-            f"variance ÷ uniform: equal {self.equal:.2f}, proportional {self.proportional:.2f}, "
-            f"neyman {self.neyman:.2f}, importance {self.importance:.2f}; "
-            f"measured {self.measured:.2f} × time {1 + self.overhead:.2f} = {cost:.2f} "
-            f"{'<' if self.go else '≥'} {PAYS} → {verdict}"
-        )
 
 
 class GradientSampling:
     """Decides from what the next epoch's batches are drawn.
 
-    Before training, :meth:`start` looks at all pairs' gradients once. While training goes on, :meth:`backward`
+    Before training, :meth:`start` looks at pairs' gradients once. While training goes on, :meth:`backward`
     keeps a sketch of each as it passes by, at hardly any cost. After an epoch :meth:`refresh` clusters these
     and asks fresh gradients of a few drawn pairs what the clusters are worth: clusters may be stale, the
     decision is not. During an epoch that is drawn from them :meth:`went_stale` asks again; twice a ratio
@@ -217,22 +167,37 @@ class GradientSampling:
             sketches = self.sketch(record_factors(self.layers, costs)).float().cpu()
         return sketches, losses[0]
 
-    def chunks(self) -> Iterator[Labels]:
-        """All items, so many at a time as fit in memory, with a progress bar."""
-        chunks = np.array_split(np.arange(len(self.pairs)), math.ceil(len(self.pairs) / CHUNK))
+    def chunks(self, items: Labels) -> Iterator[Labels]:
+        """So many items at a time as fit in memory, with a progress bar."""
+        chunks = np.array_split(items, math.ceil(len(items) / CHUNK))
         yield from tqdm(chunks, desc="gradients", unit="batch", delay=2, leave=False)
 
-    def all_gradients(self, negatives: Labels) -> tuple[Tensor, Tensor]:
-        """:meth:`fresh_gradients` of all items, ``(N, m)`` and ``(N,)``."""
-        sketches, losses = zip(*(self.fresh_gradients(items, negatives) for items in self.chunks()), strict=True)
+    def gradients(self, items: Labels, negatives: Labels) -> tuple[Tensor, Tensor]:
+        """:meth:`fresh_gradients` of any number of items."""
+        sketches, losses = zip(*(self.fresh_gradients(chunk, negatives) for chunk in self.chunks(items)), strict=True)
         return torch.cat(sketches), torch.cat(losses)
 
     def start(self) -> Decision:
         """Record the gradients of all items at the first weights, and decide about the first epoch.
 
-        These tell pairs apart that training will soon have satisfied, whose gradients are all zero from then on.
+        These tell pairs apart that training will soon have satisfied, whose gradients are all zero from then on. It
+        begins with a sample, and where that shows no redundancy, ends with it.
         """
-        self.sketches, _ = self.all_gradients(self.draw_negatives(0))
+        begin = time.perf_counter()
+        count, config = len(self.pairs), self.config
+        items, negatives = np.random.default_rng((self.seed, 2)).permutation(count), self.draw_negatives(0)
+        first, rest = items[:SAMPLE], items[SAMPLE:]
+        sample, _ = self.gradients(first, negatives)
+        fitted = fit_clusters(sample.numpy(), config.count, config.allocation, seed=self.seed)
+        length = float(torch.linalg.vector_norm(sample, dim=1).mean())
+        clustered = self.kind == "clustered"
+        ratio = fitted.variance_ratio(config.allocation) if clustered else importance_ratio(fitted, length)
+        if ratio * (1 + self.negatives / self.batch_size) >= PAYS:
+            gain = SampledGain(ratio * fitted.total_scatter / len(first), fitted.total_scatter / len(first))
+            return self._decide(fitted, fitted, length, gain, 1.0, time.perf_counter() - begin)
+        self.sketches[first] = sample
+        if len(rest):
+            self.sketches[rest], _ = self.gradients(rest, negatives)
         self.memory.copy_(self.sketches)
         return self.refresh(0)
 
@@ -257,15 +222,17 @@ class GradientSampling:
         self.scores = lengths if self.kind == "importance" else torch.from_numpy(deviations)
         batches = self._plan()
         gain, effective = self._probe(batches, step, PROBES)
-        seconds = time.perf_counter() - begin
+        decision = self._decide(fitted, clusters, length, gain, effective, time.perf_counter() - begin)
+        self.refreshed, self.losing, self.seconds = self.clock, 0, dict.fromkeys(self.seconds, 0.0)
+        self.batches = batches if decision.go else None
+        return decision
 
+    def _decide(
+        self, fitted: Clusters, clusters: Clusters, length: float, gain: SampledGain, effective: float, seconds: float
+    ) -> Decision:
         pool = self.negatives / self.batch_size  # negatives cost what anchors do
         training = (self.seconds["training"] - self.seconds["sampling"]) / (1 if self.batches is None else 1 + pool)
         overhead = round_up(pool + (self.seconds["sampling"] + seconds) / training if training > 0 else pool)
-        self.refreshed = self.clock
-        self.seconds, self.losing = dict.fromkeys(self.seconds, 0.0), 0
-        go = gain.ratio * (1 + overhead) < PAYS
-        self.batches = batches if go else None
         return Decision(
             clusters=len(clusters.sizes),
             largest=int(clusters.sizes.max()),
@@ -281,7 +248,7 @@ class GradientSampling:
             effective=effective,
             refresh_seconds=seconds,
             overhead=overhead,
-            go=go,
+            go=gain.ratio * (1 + overhead) < PAYS,
         )
 
     def _recent(self, labels: Labels) -> tuple[Clusters, float]:
@@ -355,18 +322,6 @@ def _shares(clusters: Clusters) -> Floats:
     deviations = np.sqrt(clusters.scatter / clusters.sizes)
     mean = float(clusters.sizes @ deviations / clusters.sizes.sum())
     return deviations / mean if mean > 0 else np.ones_like(deviations)
-
-
-def round_up(overhead: float) -> float:
-    """To the next 5 %: a decision should not hang on a millisecond, or a resumed run could take another."""
-    return math.ceil(overhead * 20) / 20
-
-
-def importance_ratio(clusters: Clusters, length: float) -> float:
-    """Variance of draws by gradient norm over that of uniform ones, ``((mean |g|)² - |μ|²) N / S``."""
-    count, scatter = clusters.sizes.sum(), clusters.total_scatter
-    mean_square = float(np.square(clusters.sums.sum(axis=0) / count).sum())
-    return float((length**2 - mean_square) * count / scatter) if scatter > 0 else 1.0
 
 
 def factored_layers(*towers: Tower) -> list[nn.Module]:

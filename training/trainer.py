@@ -27,7 +27,7 @@ from training.data.text import HubTokenizer, Tokenizer, WordTokenizer
 from training.errors import InputError
 from training.evaluation.protocols import evaluate
 from training.files import write_text
-from training.gradient_sampling import Decision, GradientSampling, factored_layers
+from training.gradient_sampling import GradientSampling, factored_layers
 from training.losses import CollapseDetector, Curriculum, InfoNCE, Loss, SigmoidLoss, SumOfHinges
 from training.model_card import model_card
 from training.models.dual_encoder import WEIGHTS_FILE, DualEncoder
@@ -35,6 +35,7 @@ from training.models.features import corpus_encoder, corpus_inputs
 from training.models.hub import locate
 from training.models.similarity import Similarity
 from training.models.tower import default_device
+from training.sampling.decision import Decision
 from training.sampling.stratified import ImportanceBatches
 
 logger = logging.getLogger(__name__)

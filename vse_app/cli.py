@@ -223,8 +223,8 @@ def _variance(args: argparse.Namespace) -> None:
     from training.config import read_toml
     from training.data.formats import dedup
     from training.errors import InputError
-    from training.gradient_study import GradientStudy
     from vse_app import variance_report as report
+    from vse_app.gradient_study import GradientStudy
 
     if args.draws < 4:
         raise InputError(f"variance: --draws {args.draws}: too few to estimate a variance; take 50 or more")

@@ -11,8 +11,8 @@ from typing import Any
 from training.data.corpus import Corpus
 from training.errors import InputError
 from training.files import replacing, write_text
-from training.gradient_study import Point, Redundancy
 from vse_app.contact_sheet import Row, contact_sheet
+from vse_app.gradient_study import Point, Redundancy
 
 SHOWN = 8  # groups of copies that are listed, and pictures of each
 COLOURS = ["#000000", "#8c8c8c", "#8c510a", "#e69f00", "#0072b2", "#009e73", "#cc79a7"]

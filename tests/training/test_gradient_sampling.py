@@ -15,6 +15,7 @@ from training.gradient_sampling import GradientSampling
 from training.losses import NegativePool
 from training.models.tower import evaluating
 from training.sampling.clustering import Labels
+from training.sampling.decision import Decision
 from training.sampling.variance import SampledGain
 from training.trainer import Trainer
 
@@ -159,7 +160,7 @@ def test_epochs_for_which_it_does_not_pay_are_those_of_the_uniform_sampler(
 class TestDecision:
     """Real thresholds, on data with and without copies."""
 
-    def decide(self, config: Config, copies: int, tmp_path: Path) -> gradient_sampling.Decision:
+    def decide(self, config: Config, copies: int, tmp_path: Path) -> Decision:
         folder = tmp_path / f"copies{copies}"
         folder.mkdir()
         rng = np.random.default_rng(0)

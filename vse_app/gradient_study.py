@@ -89,6 +89,7 @@ class GradientStudy:
         settings = replace(config, out=out, clusters=clusters, sampler="uniform", patience=0, tensorboard=False)
         self.trainer = Trainer(settings)
         self.sampling = self.trainer.gradient_sampling("clustered")
+        self._everything = np.arange(len(self.trainer.pairs))
 
     def redundancy(self, tolerance: float = 1e-3) -> Redundancy:
         """See the class :class:`Redundancy`. To be asked for before :meth:`points`.
@@ -98,7 +99,7 @@ class GradientStudy:
                 also what looks alike to it.
         """
         with evaluating(self.trainer.model):
-            sketches = torch.cat([self._directions(items) for items in self.sampling.chunks()]).numpy()
+            sketches = torch.cat([self._directions(items) for items in self.sampling.chunks(self._everything)]).numpy()
         clusters = fit_clusters(sketches, self.config.clusters.count, seed=self.config.seed)
         return Redundancy(clusters, duplicate_groups(sketches, tolerance))
 
@@ -118,7 +119,7 @@ class GradientStudy:
 
     def measure(self, epoch: int) -> Point:
         """Measure every sampler at the current weights."""
-        sketches, losses = self.sampling.all_gradients(self.sampling.draw_negatives(epoch))
+        sketches, losses = self.sampling.gradients(self._everything, self.sampling.draw_negatives(epoch))
         exact = sketches.double().mean(dim=0)
         measured: dict[str, Measured] = {}
         for name, batches in self._samplers(sketches.numpy(), losses.double().numpy()).items():
