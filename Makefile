@@ -16,7 +16,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	for name in loss evaluation; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in loss evaluation sampler; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

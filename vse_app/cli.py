@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vse",
         description="Match photographs and sentences: train with hard negatives, index, search.",
-        epilog="Data is named KIND:PATH (karpathy:DIR, coco:DIR, precomputed:DIR, folder:DIR, scenes:N). "
+        epilog="Data is named KIND:PATH (karpathy:DIR, coco:DIR, precomputed:DIR, folder:DIR, dedup:FILE, scenes:N). "
         "See docs/data.md.",
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -22,6 +22,7 @@ from training.sampling.stratified import ImportanceBatches, StratifiedBatches, W
 from training.sampling.variance import Bias, GradientVariance, VarianceReport, gradient_bias
 from training.trainer import Trainer
 
+SWEEPS = 20  # of a clustering; a refresh in training, which begins with the last labels, makes fewer
 SKETCH = 256  # numbers that stand for a gradient: more than in training, for here they are the measurement
 
 
@@ -145,7 +146,7 @@ class GradientStudy:
             "importance by gradient": ImportanceBatches(lengths, size, config.mix, seed),
         }
         for allocation in get_args(Allocation):
-            clusters = fit_clusters(sketches, config.count, allocation, seed=seed)
+            clusters = fit_clusters(sketches, config.count, allocation, max_sweeps=SWEEPS, seed=seed)
             deviations = np.sqrt(clusters.scatter / clusters.sizes)
             batches = StratifiedBatches(clusters.labels, size, allocation, deviations, config.mix, seed)
             samplers[f"clustered, {allocation}"] = batches

@@ -39,7 +39,7 @@ def format_redundancy(found: Redundancy, corpus: Corpus) -> str:
     clusters = found.clusters
     lines = [
         f"{len(clusters.sizes)} clusters explain {clusters.explained:.0%} of the gradients' scatter; "
-        f"{copies:,} of {len(corpus):,} pairs ({copies / len(corpus):.1%}) are copies of another"
+        f"{copies:,} of {len(corpus):,} pairs ({copies / len(corpus):.2%}) are copies of another"
     ]
     for group in found.groups[:SHOWN]:
         lines.append(f"{len(group):7,} × “{corpus.captions[group[0]]}”")

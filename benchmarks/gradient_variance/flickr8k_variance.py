@@ -60,7 +60,7 @@ def whole_variance(study: GradientStudy, batches: WeightedBatches, new_pools: bo
 def measure(data: str, loss: str, fraction: float, figure: Path) -> dict[str, Any]:
     """All points of one run and the whole gradient at its end."""
     with TemporaryDirectory() as directory:
-        study = GradientStudy(configure(data, directory, loss, 0, "uniform", "neyman"))
+        study = GradientStudy(configure(data, directory, loss, 0, "uniform", "neyman"), draws=100)
         study.trainer.pairs = PlantedPairs(study.trainer.pairs, fraction, 0)
         study.sampling.pairs = study.trainer.pairs
         points = []

@@ -46,7 +46,7 @@ def test_the_whole_report(photos: Path, run: Path, capsys: pytest.CaptureFixture
     kept = tmp_path / "kept.json"
     main(["variance", str(run), "--draws", "20", "--dedup", str(kept)])
     printed = capsys.readouterr().out
-    assert "9 of 33 pairs (27.3%) are copies of another" in printed
+    assert "9 of 33 pairs (27.27%) are copies of another" in printed
     assert "10 × “word0 shape0”" in printed
     for heading in ("before training", "after epoch 1", "after epoch 2"):
         assert heading in printed

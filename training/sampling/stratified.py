@@ -182,9 +182,9 @@ class StratifiedBatches(WeightedBatches):
     def _batches(self, rng: np.random.Generator, start: int) -> Iterator[tuple[Labels, Labels]]:
         count, members, sizes = len(self._sizes), self._members, self._sizes
         ids = np.arange(count)
-        lap = np.repeat(ids, sizes)
-        shuffled = members[np.lexsort((rng.random(len(members)), lap))]  # what each stratum is drawing from
-        ahead = members[np.lexsort((rng.random(len(members)), lap))]  # and what it will draw from after that
+        stratum = np.repeat(ids, sizes)
+        shuffled = members[np.argsort(stratum + rng.random(len(members)))]  # what each stratum is drawing from
+        ahead = members[np.argsort(stratum + rng.random(len(members)))]  # and what it will draw from after that
         position = np.zeros(count, dtype=np.int64)
         for step in range(len(self)):
             counts = systematic_counts(self.expected, rng.random(), rng.permutation(count))
