@@ -279,7 +279,7 @@ class GradientSampling:
         items, weights, strata = (
             np.concatenate([getattr(draw, name) for draw in chosen]) for name in ("indices", "weights", "strata")
         )
-        gradients, _ = self.fresh_gradients(items, self.draw_negatives(step + 1))
+        gradients, _ = self.fresh_gradients(items, self.draw_negatives(step + 1, 0))
         effective = float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum()))
         return sampled_gain(gradients.numpy(), weights, strata, batches.expected, len(chosen)), effective
 
