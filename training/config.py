@@ -69,7 +69,7 @@ class ClusterConfig:
     allocation: Literal["equal", "proportional", "neyman"] = "proportional"
     """How a batch is shared among clusters. proportional never loses; neyman gains most on redundant data."""
     mix: float = 0.2
-    """Fraction of each batch that is drawn from all pairs alike; no pair weighs more than 1 / mix."""
+    """Fraction of each batch that goes by size whatever the allocation; no pair weighs more than 1 / mix."""
     sketch: int = 32
     """Numbers that stand for a pair's gradient."""
     pool: int = 0
@@ -223,8 +223,11 @@ def check_ranges(config: Config) -> None:
             raise InputError(f"{name} = {value!r} must be at least {least}")
         if name.endswith("dropout") and value >= 1:
             raise InputError(f"{name} = {value!r} must be below 1")
-    if not config.clusters.mix <= 1:
-        raise InputError(f"clusters.mix = {config.clusters.mix!r} must be at most 1")
+    mix = config.clusters.mix
+    if not mix <= 1:
+        raise InputError(f"clusters.mix = {mix!r} must be at most 1")
+    if config.sampler == "importance" and mix == 0:
+        raise InputError("clusters.mix = 0: pairs without a gradient would never be drawn again; take 0.2")
 
 
 def difference(a: Config, b: Config) -> str | None:

@@ -90,6 +90,8 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
         ({"optim": {"batch_size": 1}}, "optim.batch_size = 1 must be at least 2"),
         ({"optim": {"lr": float("nan")}}, "optim.lr = nan"),
         ({"optim": {"epochs": 0}}, "optim.epochs = 0 must be at least 1"),
+        ({"clusters": {"mix": 1.5}}, "clusters.mix = 1.5 must be at most 1"),
+        ({"sampler": "importance", "clusters": {"mix": 0.0}}, "clusters.mix = 0: pairs without a gradient"),
         ({"optim": {"decay_epochs": 0}}, "optim.decay_epochs = 0"),
         ({"checkpoint_every": 0}, "checkpoint_every = 0"),
         ({"model": {"text": {"dropout": 1.0}}}, "model.text.dropout = 1.0 must be below 1"),

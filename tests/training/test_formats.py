@@ -343,7 +343,8 @@ def test_scenes_are_counted() -> None:
 
 
 def test_data_that_cannot_be_named_are_refused(tmp_path: Path) -> None:
-    assert "unknown kind 'lmdb'; choose from karpathy, coco, precomputed, folder, dedup, scenes" in refusal("lmdb:x", "train")
+    kinds = "karpathy, coco, precomputed, folder, dedup, scenes"
+    assert f"unknown kind 'lmdb'; choose from {kinds}" in refusal("lmdb:x", "train")
     assert "missing: no such file or folder" in refusal(tmp_path / "missing", "train")
     assert "missing: no such file or folder" in refusal(f"coco:{tmp_path / 'missing'}", "train")
     message = refusal(tmp_path, "train")
