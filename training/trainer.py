@@ -153,7 +153,7 @@ class Trainer:
                 for batch in loader:
                     with self.sampling.timed("training") if self.sampling is not None else nullcontext():
                         logged = self._train_step(batch)
-                    bar.update(len(batch.pairs))
+                    bar.update(min(len(batch.pairs), config.optim.batch_size))  # without separate negatives
                     bar.set_postfix_str(f"loss {logged['loss']:.3f}", refresh=False)
                     self.step += 1
                     ends_epoch = self.step % len(self.batches) == 0
