@@ -76,6 +76,8 @@ def costs(dim: int) -> dict[str, float]:
         of = sampled.sampling
         assert isinstance(of, GradientSampling)
         start = seconds(of.start)
+        everything = seconds(lambda: of.gradients(np.arange(PAIRS), of.draw_negatives(0)))
+        of.refresh(0)
         drawing = of._plan()
         of.batches = None
         rng = np.random.default_rng(1)
@@ -102,6 +104,7 @@ def costs(dim: int) -> dict[str, float]:
             "clustered_over_step": float(np.median(np.array(times["clustered"]) / times["uniform"])),
             "refresh_over_epoch": refresh / (steps * step),
             "start_over_epoch": start / (steps * step),
+            "all_gradients_over_epoch": everything / (steps * step),
         }
 
 

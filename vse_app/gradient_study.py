@@ -19,7 +19,7 @@ from training.sampling.clustering import Allocation, Clusters, Floats, Labels, f
 from training.sampling.gradient_factors import record_factors
 from training.sampling.redundancy import duplicate_groups
 from training.sampling.stratified import ImportanceBatches, StratifiedBatches, WeightedBatches
-from training.sampling.variance import Bias, GradientVariance, VarianceReport, gradient_bias
+from training.sampling.variance import Bias, GradientVariance, VarianceReport, batch_variance, gradient_bias
 from training.trainer import Trainer
 
 SWEEPS = 20  # of a clustering; a refresh in training, which begins with the last labels, makes fewer
@@ -31,13 +31,14 @@ class Measured:
     """One sampler at given weights.
 
     Attributes:
-        report: Variance of its mini-batch gradient.
-        ratio: That over the variance of uniform batches.
+        ratio: Variance of its mini-batch gradient over that of uniform batches, from the gradients of all pairs.
+        report: The same variance from a number of drawn batches. Where few pairs have most of the gradient it is
+            noisy, and so is its interval.
         bias: Of its mean gradient against that of all pairs.
     """
 
-    report: VarianceReport
     ratio: float
+    report: VarianceReport
     bias: Bias
 
 
@@ -121,21 +122,23 @@ class GradientStudy:
     def measure(self, epoch: int) -> Point:
         """Measure every sampler at the current weights."""
         sketches, losses = self.sampling.gradients(self._everything, self.sampling.draw_negatives(epoch))
-        exact = sketches.double().mean(dim=0)
+        exact, rows, uniform = sketches.double().mean(dim=0), sketches.numpy(), 0.0
         measured: dict[str, Measured] = {}
-        for name, batches in self._samplers(sketches.numpy(), losses.double().numpy()).items():
+        for name, batches in self.samplers(rows, losses.double().numpy()).items():
             draws = [next(batches.epoch(number)) for number in range(self.draws)]
             collected = GradientVariance(batches.batch_size)
             gradients = [(torch.from_numpy(d.weights) @ sketches[d.indices].double()) / len(d.indices) for d in draws]
             for gradient in gradients:
                 collected.add([gradient])
             report = collected.report(seed=self.config.seed)
-            uniform = measured["uniform"].report.variance if measured else report.variance
             bias = gradient_bias(iter(gradients).__next__, lambda: exact, len(draws))
-            measured[name] = Measured(report, report.variance / uniform if uniform > 0 else 1.0, bias)
+            variance = batch_variance(rows, batches.weights, batches.strata, batches.expected)
+            uniform = uniform if measured else variance
+            measured[name] = Measured(variance / uniform if uniform > 0 else 1.0, report, bias)
         return Point(epoch, measured)
 
-    def _samplers(self, sketches: Floats, losses: Floats) -> dict[str, WeightedBatches]:
+    def samplers(self, sketches: Floats, losses: Floats) -> dict[str, WeightedBatches]:
+        """All samplers that are compared, from fresh gradients ``(N, m)`` and losses ``(N,)``."""
         config, size, seed = self.config.clusters, self.sampling.batch_size, self.config.seed
         lengths = np.linalg.norm(sketches, axis=1).astype(np.float64)
         one = np.zeros(len(sketches), dtype=np.int64)

@@ -21,10 +21,11 @@ COLOURS = ["#000000", "#8c8c8c", "#8c510a", "#e69f00", "#0072b2", "#009e73", "#c
 def format_point(point: Point) -> str:
     """A small table: variance over that of uniform batches with its interval, and what else is known."""
     when = f"after epoch {point.epoch}" if point.epoch else "before training"
-    lines = [f"{when:24}{'÷ uniform':>10}  {'95 %':^13}{'normalised':>11}{'noise scale':>13}  mean gradient"]
+    lines = [f"{when:24}{'÷ uniform':>10}  {'drawn, 95 %':^13}{'normalised':>11}{'noise scale':>13}  mean gradient"]
     for name, of in point.samplers.items():
         report = of.report
-        scale = of.ratio / report.variance if report.variance > 0 else 0.0
+        drawn = point.samplers["uniform"].report.variance
+        scale = 1 / drawn if drawn > 0 else 0.0
         between = f"{report.low * scale:.3f}–{report.high * scale:.3f}"
         lines.append(
             f"{name:24}{of.ratio:10.3f}  {between:^13}{report.normalised:11.3f}{report.noise_scale:13.1f}  "

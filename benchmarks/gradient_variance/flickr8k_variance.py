@@ -60,7 +60,7 @@ def whole_variance(study: GradientStudy, batches: WeightedBatches, new_pools: bo
 def measure(data: str, loss: str, fraction: float, figure: Path) -> dict[str, Any]:
     """All points of one run and the whole gradient at its end."""
     with TemporaryDirectory() as directory:
-        study = GradientStudy(configure(data, directory, loss, 0, "uniform", "neyman"), draws=100)
+        study = GradientStudy(configure(data, directory, loss, 0, "uniform", "neyman"), draws=50)
         study.trainer.pairs = PlantedPairs(study.trainer.pairs, fraction, 0)
         study.sampling.pairs = study.trainer.pairs
         points = []
@@ -70,7 +70,7 @@ def measure(data: str, loss: str, fraction: float, figure: Path) -> dict[str, An
         write_plot(points, f"Flickr8k heads, {loss}, {fraction:.0%} of the pairs are copies of ten, batch 128", figure)
         negatives = study.sampling.draw_negatives(EPOCHS, 0)
         sketches, losses = study.sampling.gradients(np.arange(len(study.trainer.pairs)), negatives)
-        samplers = study._samplers(sketches.numpy(), losses.double().numpy())
+        samplers = study.samplers(sketches.numpy(), losses.double().numpy())
         whole: dict[str, Any] = {}
         for pools in ("one pool", "new pools"):
             reports = {name: whole_variance(study, samplers[name], pools == "new pools") for name in WHOLE}

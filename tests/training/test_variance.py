@@ -9,8 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.sampling.clustering import Clusters, fit_clusters
-from training.sampling.stratified import StratifiedBatches
-from training.sampling.variance import Bias, GradientVariance, VarianceReport, gradient_bias, sampled_gain
+from training.sampling.stratified import ImportanceBatches, StratifiedBatches
+from training.sampling.variance import (
+    Bias,
+    GradientVariance,
+    VarianceReport,
+    batch_variance,
+    gradient_bias,
+    sampled_gain,
+)
 
 
 def collect(draws: Tensor, batch_size: int = 1) -> VarianceReport:
@@ -123,7 +130,18 @@ def test_sampled_gain_is_what_batches_do(allocation: str, batch_size: int) -> No
         )
         gains.append(sampled_gain(gradients[items], weights, strata, batches.expected, len(chosen)))
     assert np.mean([gain.sampler for gain in gains]) == pytest.approx(variance, rel=0.08)
+    exact = batch_variance(gradients, batches.weights, batches.strata, batches.expected)
+    assert exact * batch_size == pytest.approx(variance, rel=0.06)
     assert np.mean([gain.uniform for gain in gains]) == pytest.approx(clusters.total_scatter / 3000, rel=0.05)
+
+
+def test_batch_variance_of_importance_is_its_formula() -> None:
+    gradients, _ = data(500)
+    lengths = np.linalg.norm(gradients, axis=1)
+    batches = ImportanceBatches(lengths, 20, mix=0.0)
+    expected = (lengths.mean() ** 2 - np.square(gradients.mean(axis=0)).sum()) / 20
+    found = batch_variance(gradients, batches.weights, batches.strata, batches.expected)
+    assert found == pytest.approx(expected)
 
 
 def test_sampled_gain_without_any_gradient() -> None:

@@ -56,8 +56,10 @@ def test_the_whole_report(photos: Path, run: Path, capsys: pytest.CaptureFixture
     for point in record["points"]:
         uniform = point["samplers"]["uniform"]
         assert uniform["ratio"] == 1
+        assert point["samplers"]["doubled batch"]["ratio"] == pytest.approx(0.5)
+        assert point["samplers"]["clustered, proportional"]["ratio"] <= 1.02
         for name, of in point["samplers"].items():
-            assert of["ratio"] == pytest.approx(of["variance"] / uniform["variance"]), name
+            assert of["variance"] / uniform["variance"] == pytest.approx(of["ratio"], rel=1), name  # 20 draws
             assert 0 <= of["normalised"] <= 1
     for name in ("variance.png", "copies.png"):
         with Image.open(run / "variance" / name) as picture:

@@ -33,6 +33,7 @@ class WeightedBatches(ABC):
 
     Attributes:
         weights: Of each item, float64 ``(N,)``.
+        strata: What each item is drawn from, int64 ``(N,)``.
         expected: Draws expected from each stratum in a batch, float64 ``(K,)``.
 
     Every process draws the same batch of ``batch_size`` items and keeps its share of it: together the ranks
@@ -50,6 +51,7 @@ class WeightedBatches(ABC):
         ValueError: If the batch cannot be shared, or an item would never be drawn.
     """
 
+    strata: Labels
     expected: NDArray[np.float64]
 
     def __init__(self, expected: Floats, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -175,6 +177,7 @@ class StratifiedBatches(WeightedBatches):
         padded = np.append(known, known.max())[np.minimum(names, len(known))]
         self.expected = allocate(sizes, padded, batch_size, allocation, mix)
         super().__init__((self.expected / sizes)[strata], batch_size, seed, rank, world_size)
+        self.strata = strata.astype(np.int64)
         self._sizes = sizes.astype(np.int64)
         self._starts = np.append(0, self._sizes.cumsum()[:-1])
         self._members = np.argsort(strata, kind="stable")
@@ -228,7 +231,7 @@ class ImportanceBatches(WeightedBatches):
         own = scores / scores.sum() if scores.sum() > 0 else uniform
         probabilities: NDArray[np.float64] = (1 - mix) * own + mix * uniform
         super().__init__(batch_size * probabilities, batch_size, seed, rank, world_size)
-        self.expected = np.array([float(batch_size)])
+        self.strata, self.expected = np.zeros(len(scores), dtype=np.int64), np.array([float(batch_size)])
         self._cumulative = probabilities.cumsum() / probabilities.sum()
 
     def _batches(self, rng: np.random.Generator, start: int) -> Iterator[tuple[Labels, Labels]]:

@@ -197,3 +197,31 @@ def sampled_gain(gradients: Floats, weights: Floats, strata: Labels, expected: F
     mean_square = np.square(weighted.sum(axis=0)).sum() - np.square(weighted).sum()
     uniform = max(square / n - float(mean_square) / (n * (n - 1)), 0.0)
     return SampledGain(float(within + batches * max(rounding, 0.0)) / n, uniform)
+
+
+def batch_variance(gradients: Floats, weights: Floats, strata: Labels, expected: Floats) -> float:
+    """Variance of the weighted mean gradient of a batch, from the gradients of all items.
+
+    Stratum k with the expected count ``c_k``, whose items are drawn with probabilities inverse to their weights,
+    adds ``c_k`` times the variance of its weighted gradients and what rounding does, as in :func:`sampled_gain`;
+    all over B². Draws with replacement: a shuffle varies a little less, by ``(N - B) / (N - 1)`` for uniform batches.
+
+    Args:
+        gradients: ``(N, m)``.
+        weights: ``(N,)``; their inverses add up to N in the mean.
+        strata: int64 ``(N,)``.
+        expected: ``c``, ``(K,)``, with the sum B.
+    """
+    size = expected.sum()
+    draws = size / (len(weights) * weights)  # expected, of each item
+    count = len(expected)
+    squares = np.bincount(
+        strata, draws * np.square(weights) * np.square(gradients, dtype=np.float64).sum(axis=1), count
+    )
+    member = np.zeros((count, len(weights)))
+    member[strata, np.arange(len(weights))] = draws * weights
+    means = member @ gradients.astype(np.float64) / expected[:, None]  # (K, m)
+    within = squares - expected * np.square(means).sum(axis=1)
+    fractions = expected % 1
+    spread = np.square(means - expected @ means / size).sum(axis=1)
+    return float((within.sum() + (fractions * (1 - fractions)) @ spread) / size**2)
