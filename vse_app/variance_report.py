@@ -89,7 +89,7 @@ def write_plot(points: Sequence[Point], title: str, path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
     except ImportError:
         raise InputError("matplotlib is not installed; pip install 'vse[plots]' or add --no-plot") from None
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -108,8 +108,9 @@ def write_plot(points: Sequence[Point], title: str, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#e6e6e6")
         axes.spines[["top", "right"]].set_visible(False)
-    for set_formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        set_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+    right.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize=10)
     with replacing(path) as temporary:
