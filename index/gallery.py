@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from index import changes
+from index.approximate_index import ApproximateIndex
 from index.errors import GalleryError
-from index.files import replacing
-from index.items import JSON, Item, ItemTable
-from index.vector_index import METRICS, VectorIndex, as_rows
+from index.files import locked
+from index.filters import Condition
+from index.items import JSON, Item
+from index.manifest import KINDS, NAME, Manifest, Part
+from index.searcher import CURVE, Searcher, index_lag, read_curve
+from index.segment import check_part
+from index.snapshot import Snapshot
+from index.vector_index import SearchHits, as_rows
 
-_FORMAT = 1
-_MANIFEST = "gallery.json"
+REFILL_AT = 10_000, 0.1
+"""A tuned index is written again once so many items, and this share, are not in its file but added at opening."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +49,33 @@ class Hit:
 class Gallery:
     """A searchable collection of items and their vectors that survives crashes and full disks.
 
-    A gallery is a directory: ``gallery.json`` (format, dimensions, metric, model), ``items.sqlite`` and
-    ``segments/*.npy``, one immutable float32 ``(N, D)`` file per :meth:`add`. A segment is on disk before
-    the transaction that names it, so a crash leaves at worst a file that nothing names and that the next
-    :meth:`add` overwrites. The vectors are searched in memory.
+    A gallery is a directory of parts that are written once and checksummed: segments of vectors and items,
+    a tuned index, a calibration. ``gallery.json`` names the parts of the current state. A change writes new
+    parts, waits until they are on disk, and replaces ``gallery.json``; so a crash leaves the state before or
+    after it, and at worst files that nothing names, which the next writer deletes.
 
-    One process may write; any number may read meanwhile, each seeing the state at which it opened.
-    Several threads may search at once, but none while another adds or removes.
+    One process may write; any number may read meanwhile, each seeing the state at which it opened until it
+    calls :meth:`refresh`. Several threads may search at once, but none while another changes or refreshes.
+
+    Vectors are compared one and all, in memory, or looked up in a tuned index (:mod:`index.tuning`).
+
+    Attributes:
+        directory: Where.
+        snapshot: The state that is searched.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, writable: bool = False) -> None:
         self.directory = Path(directory)
-        self._manifest = _Manifest.read(self.directory)
-        self._index: VectorIndex = METRICS[self._manifest.metric](self._manifest.dim)
         self._writable = writable
+        self._searcher: Searcher | None = None
+        self._stamp: tuple[int, ...] | None = None
         with ExitStack() as resources:
+            if writable and self.exists(self.directory):
+                resources.enter_context(locked(self.directory))
+            self.snapshot = Snapshot.open(self.directory)
+            resources.callback(lambda: self.snapshot.close())
             if writable:
-                resources.enter_context(_writing(self.directory))
-            self._items = ItemTable(self.directory / "items.sqlite", writable=writable)
-            resources.enter_context(closing(self._items))
-            self._load_vectors()
+                changes.delete_leftovers(self.directory, self.snapshot.manifest)
             self._resources = resources.pop_all()
 
     @classmethod
@@ -79,21 +92,26 @@ class Gallery:
             GalleryError: If there is a gallery already, or ``dim`` or ``metric`` makes no sense.
         """
         directory = Path(directory)
-        if dim < 1 or metric not in METRICS:
-            raise GalleryError(f"{directory}: dim {dim}, metric {metric!r}; choose from {', '.join(METRICS)}")
-        (directory / "segments").mkdir(parents=True, exist_ok=True)
-        with _writing(directory):
-            if (directory / _MANIFEST).exists():
-                raise GalleryError(f"{directory}: is a gallery already; open it or choose another directory")
-            ItemTable.create(directory / "items.sqlite")
-            # The manifest makes it a gallery, so it comes last.
-            _Manifest(dim, metric, dict(model)).write(directory)
+        try:
+            empty = Manifest(dim, metric, dict(model))
+        except ValueError as error:
+            raise GalleryError(f"{directory}: {error}") from error
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with locked(directory):
+                if cls.exists(directory):
+                    raise GalleryError(f"{directory}: is a gallery already; open it or choose another directory")
+                if taken := [kind for kind in KINDS if (directory / kind).exists()]:
+                    raise GalleryError(f"{directory}: has {', '.join(taken)} of its own; choose another directory")
+                empty.write(directory)
+        except OSError as error:
+            raise GalleryError(f"{directory}: {error.strerror}; choose a directory that can be written") from error
         return cls(directory, writable=True)
 
     @staticmethod
     def exists(directory: str | os.PathLike[str]) -> bool:
         """Whether there is a gallery in the directory, damaged or not."""
-        return (Path(directory) / _MANIFEST).exists()
+        return (Path(directory) / NAME).exists()
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, writable: bool = False) -> Self:
@@ -116,105 +134,22 @@ class Gallery:
 
     def __len__(self) -> int:
         """Number of items."""
-        return len(self._index)
+        return self.snapshot.manifest.items
 
-    def add(self, items: Sequence[Item], vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Add items, replacing those with the same paths; on disk when this returns, or not at all.
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors."""
+        return self.snapshot.manifest.dim
 
-        Args:
-            items: What the vectors stand for, ``(N,)``, each path once.
-            vectors: float32 ``(N, D)``; unit vectors for ``cosine``.
-
-        Returns:
-            The items' ids, int64 ``(N,)``; an id is never given twice.
-
-        Raises:
-            GalleryError: If a vector or item cannot be stored, naming its path, or the disk is full.
-        """
-        paths = [item.path for item in items]
-        if len(vectors) != len(paths):
-            raise GalleryError(f"{self.directory}: {len(vectors)} vectors for {len(paths)} items; give one each")
-        rows = as_rows(vectors, self._manifest.dim, paths.__getitem__)
-        if len(set(paths)) < len(paths):
-            twice = next(path for n, path in enumerate(paths) if path in paths[:n])
-            raise GalleryError(f"{twice}: occurs twice among the items to add; give each path once")
-        if not paths:
-            return np.empty(0, np.int64)
-        with self._change():
-            replaced = self._items.ids_of(paths)
-            # Named after its first id, a segment never takes the place of one that a reader may still open.
-            segment = self._items.next_id()
-            ids = np.arange(segment, segment + len(items))
-            with replacing(self._segment(segment)) as file:
-                np.save(file, rows, allow_pickle=False)
-            self._items.insert(items, ids, segment)
-        if len(replaced):
-            self._index.remove(replaced)
-        self._index.add(ids, rows)
-        return ids
-
-    def remove(self, keys: Iterable[str | int]) -> int:
-        """Remove items by path or id; returns how many were there.
-
-        Raises:
-            GalleryError: If the gallery is open for reading, or the disk is full.
-        """
-        keys = list(keys)
-        with self._change():
-            by_path = self._items.ids_of([key for key in keys if isinstance(key, str)])
-            ids = np.append(by_path, np.array([key for key in keys if not isinstance(key, str)], np.int64))
-            self._items.delete(ids)
-        return self._index.remove(ids)
-
-    def has_unchanged(self, path: str, size: int, mtime_ns: int) -> bool:
-        """Whether the file is here as it is now, so that it need not be encoded again.
-
-        Args:
-            path: The file's path, as in :attr:`Item.path`.
-            size: Its size in bytes.
-            mtime_ns: Its time of last change, in nanoseconds since the epoch.
-        """
-        return self._items.has_unchanged(path, size, mtime_ns)
-
-    def search(
-        self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None
-    ) -> list[list[Hit]]:
-        """Find the ``k`` best items for each query, best first.
-
-        Args:
-            vectors: Queries, float32 ``(Q, D)``; unit vectors for ``cosine``.
-            k: Hits per query, at least 1; there are fewer only if the gallery or ``allowed`` is smaller.
-            allowed: int64 ``(M,)``; only items of these ids may be found. None allows all.
-
-        Raises:
-            GalleryError: If ``k`` is below 1, a query is not finite, or its dimensions are not the gallery's.
-        """
-        scores, ids = self._index.search(vectors, min(k, max(1, len(self))), allowed)
-        items = dict(self._items.select(np.unique(ids)))
-        return [
-            [Hit(key, items[key], score) for key, score in zip(*row, strict=True) if key >= 0]
-            for row in zip(ids.tolist(), scores.tolist(), strict=True)
-        ]
-
-    def items(self) -> Iterator[tuple[int, Item]]:
-        """Every id and its item, in the order they were added."""
-        return self._items.select()
-
-    def info(self) -> dict[str, JSON]:
-        """Items, dimensions, metric, model, number of segments, and bytes on disk."""
-        segments = list((self.directory / "segments").glob("*.npy"))
-        files = [*segments, *self.directory.glob("items.sqlite*")]
-        return {
-            "items": len(self),
-            **asdict(self._manifest),
-            "segments": len(segments),
-            "bytes": sum(file.stat().st_size for file in files),
-        }
+    @property
+    def metric(self) -> str:
+        """A key of :data:`index.vector_index.METRICS`."""
+        return self.snapshot.manifest.metric
 
     @property
     def model(self) -> dict[str, str]:
         """What the vectors come from: ``name`` and ``checksum`` of the model."""
-        return dict(self._manifest.model)
+        return dict(self.snapshot.manifest.model)
 
     def check_model(self, checksum: str) -> None:
         """Refuse a model whose vectors cannot be compared with those here, wherever it lies.
@@ -228,81 +163,237 @@ class Gallery:
                 "this model; use that one, or build a new gallery with this one"
             )
 
-    def _segment(self, segment: int) -> Path:
-        return self.directory / "segments" / f"{segment:09d}.npy"
+    def add(self, items: Sequence[Item], vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Add items, replacing those with the same paths; on disk when this returns, or not at all.
 
-    def _load_vectors(self) -> None:
-        places = self._items.locations()
-        vectors = np.empty((len(places), self._manifest.dim), np.float32)
-        for start, stop in pairwise(np.flatnonzero(np.diff(places[:, 1], prepend=-1, append=-1))):
-            segment = self._segment(places[start, 1])
-            _read_rows(segment, places[start:stop, 2], vectors[start:stop])
-        self._index.add(places[:, 0], vectors)
+        Args:
+            items: What the vectors stand for, ``(N,)``, each path once.
+            vectors: float32 ``(N, D)``; unit vectors for ``cosine``.
+
+        Returns:
+            The items' ids, int64 ``(N,)``, ascending; an id is never given twice.
+
+        Raises:
+            GalleryError: If a vector or item cannot be stored, naming its path, or the disk is full.
+        """
+        paths = [item.path for item in items]
+        if len(vectors) != len(paths):
+            raise GalleryError(f"{self.directory}: {len(vectors)} vectors for {len(paths)} items; give one each")
+        rows = as_rows(vectors, self.dim, paths.__getitem__)
+        with self._change():
+            if not paths:
+                return np.empty(0, np.int64)
+            first = self.snapshot.manifest.next_id
+            self._commit(changes.added(self.snapshot, items, rows))
+        # Past this point the items are there to stay, so what only makes opening faster can wait for better times.
+        with suppress(GalleryError), self._change():
+            self._commit(changes.merged(self.snapshot))
+            self._refill_if_behind()
+        return np.arange(first, first + len(paths))
+
+    def remove(self, keys: Iterable[str | int]) -> int:
+        """Remove items by path or id; returns how many were there.
+
+        Raises:
+            GalleryError: If the gallery is open for reading, or the disk is full.
+        """
+        keys = list(keys)
+        with self._change():
+            before = len(self)
+            by_path = self.snapshot.ids_of([key for key in keys if isinstance(key, str)])
+            by_id = np.array([key for key in keys if not isinstance(key, str) and 0 < key < 1 << 62], np.int64)
+            self._commit(changes.removed(self.snapshot, np.union1d(by_path, by_id)))
+        return before - len(self)
+
+    def compact(self) -> None:
+        """Give back the space of removed items, and merge segments.
+
+        Raises:
+            GalleryError: If the gallery is open for reading, or the disk is full.
+        """
+        with self._change():
+            self._commit(changes.compacted(self.snapshot))
+            part = self.snapshot.manifest.index
+            if part and isinstance(index := self._searching().index, ApproximateIndex) and index.removed:
+                self._refill(part)
+
+    def install_index(self, index: ApproximateIndex | None, curve: JSON) -> None:
+        """Search by this index from now on, or compare with every vector if it is None.
+
+        Args:
+            index: Of all items here.
+            curve: How that was decided, kept beside it.
+
+        Raises:
+            GalleryError: If the gallery is open for reading, or the disk is full.
+        """
+        with self._change():
+            self._commit_index(index, json.dumps(curve, indent=1).encode())
+
+    def install_calibration(self, write: Callable[[Path], None]) -> None:
+        """Keep files about the model and the gallery as a whole, in place of earlier ones.
+
+        Args:
+            write: Puts them into the folder that it is given.
+
+        Raises:
+            GalleryError: If the gallery is open for reading, or the disk is full.
+        """
+        with self._change():
+            self._commit(changes.with_part(self.snapshot, "calibration", write))
+
+    def nearest(self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
+        """Find the ``k`` best vectors for each query, without their items.
+
+        Args:
+            vectors: Queries, float32 ``(Q, D)``; unit vectors for ``cosine``.
+            k: Hits per query, at least 1; rows end in ``-inf`` and ``-1`` only where no more are allowed.
+            allowed: int64 ``(M,)``; only these ids may be found. None allows all. If they are few, each is compared.
+
+        Raises:
+            GalleryError: If ``k`` is below 1, a query is not finite, or its dimensions are not the gallery's.
+        """
+        return self._searching().nearest(vectors, k, allowed)
+
+    def search(
+        self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None
+    ) -> list[list[Hit]]:
+        """As :meth:`nearest`, with the items; fewer than ``k`` only if the gallery or ``allowed`` is smaller."""
+        scores, ids = self.nearest(vectors, min(k, max(1, len(self))), allowed)
+        item = cache(self.snapshot.item)
+        return [
+            [Hit(key, item(key), score) for key, score in zip(*row, strict=True) if key >= 0]
+            for row in zip(ids.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def vectors(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of these items, float32 ``(M, D)`` for int64 ``(M,)``.
+
+        Raises:
+            GalleryError: If an id is not here.
+        """
+        return self.snapshot.vectors(ids)
+
+    def items(self, ids: NDArray[np.int64] | None = None) -> Iterator[tuple[int, Item]]:
+        """Every id and its item, in the order they were added; or those of the given ids that are here."""
+        return self.snapshot.items(ids)
+
+    def ids_of(self, paths: Sequence[str]) -> NDArray[np.int64]:
+        """Ids of those paths that are here, int64, ascending."""
+        return self.snapshot.ids_of(paths)
+
+    def ids_where(self, conditions: Sequence[Condition]) -> NDArray[np.int64]:
+        """Ids of the items for which all conditions hold, int64 ``(M,)``, ascending: for :meth:`search`."""
+        return self.snapshot.ids_where(conditions)
+
+    def unchanged(self, files: Mapping[str, tuple[int, int]]) -> set[str]:
+        """Which files, given by path with size in bytes and time of change in ns, are here as they are now."""
+        return self.snapshot.unchanged(files)
+
+    def refresh(self) -> bool:
+        """Go on to the current state, reading only what has changed; returns whether it is another one.
+
+        Raises:
+            GalleryError: If the gallery is damaged.
+        """
+        stamp = Manifest.stamp(self.directory)  # taken first, so that a later state is never missed
+        if stamp is not None and stamp == self._stamp:
+            return False
+        snapshot = Snapshot.open(self.directory, former=self.snapshot)
+        another = snapshot.manifest != self.snapshot.manifest
+        if another:
+            self._go_on(snapshot)
+        self._stamp = stamp
+        return another
+
+    def info(self) -> dict[str, JSON]:
+        """Items, dimensions, metric, model, how it is searched, and what it takes on disk."""
+        state = self.snapshot.manifest
+        return {
+            "items": len(self),
+            "dim": state.dim,
+            "metric": state.metric,
+            "model": dict(state.model),
+            "search": (self.curve() or {}).get("chosen", "exact, not tuned"),
+            "segments": len(state.segments),
+            "removed": sum(segment.rows - segment.live for segment in state.segments),
+            "bytes": sum(record.bytes for part in state.parts() for record in part.files.values()),
+        }
+
+    def curve(self) -> dict[str, JSON] | None:
+        """What :meth:`install_index` was given, if it was."""
+        part = self.snapshot.manifest.index
+        return read_curve(self.directory, part) if part else None
+
+    def calibration_folder(self) -> Path | None:
+        """Where the files of :meth:`install_calibration` are, if there are any."""
+        part = self.snapshot.manifest.calibration
+        return check_part(self.directory, part, ()) if part else None
+
+    def _searching(self) -> Searcher:
+        if self._searcher is None:
+            self._searcher = Searcher(self.snapshot)
+        return self._searcher
 
     @contextmanager
     def _change(self) -> Iterator[None]:
         if not self._writable:
             raise GalleryError(f"{self.directory}: is open for reading; open it with writable=True")
+        # Whatever went wrong before, now or in an earlier change, the file says which state it is.
+        self.refresh()
+        before = self.snapshot.manifest
         try:
-            with self._items.transaction():
-                yield
-        except (OSError, sqlite3.OperationalError) as error:
-            raise GalleryError(f"{self.directory}: unchanged, {error}; make room and try again") from error
+            yield
+        except Exception as error:
+            self.refresh()
+            changes.delete_leftovers(self.directory, self.snapshot.manifest)
+            if not isinstance(error, GalleryError) and isinstance(error, OSError | sqlite3.Error | ValueError):
+                state = "unchanged" if self.snapshot.manifest == before else "changed, but maybe not for good"
+                raise GalleryError(f"{self.directory}: {state}, {error}; make room and try again") from error
+            raise
 
-
-@dataclass(frozen=True)
-class _Manifest:
-    """What is fixed when a gallery is made."""
-
-    dim: int
-    metric: str
-    model: dict[str, str]
-
-    def write(self, directory: Path) -> None:
-        with replacing(directory / _MANIFEST) as file:
-            file.write(json.dumps({"format": _FORMAT, **asdict(self)}, indent=2).encode())
-
-    @classmethod
-    def read(cls, directory: Path) -> Self:
-        path = directory / _MANIFEST
+    def _commit(self, state: Manifest) -> None:
+        former = self.snapshot.manifest
+        if state == former:
+            return
+        # Opened first, so that no state becomes the current one that cannot be read.
+        snapshot = Snapshot.open(self.directory, state, self.snapshot)
         try:
-            stored = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            raise GalleryError(f"{path}: not found, so this is no gallery; create one or check the path") from error
-        except ValueError as error:
-            raise GalleryError(f"{path}: {error}; restore it or build the gallery again") from error
-        match stored:
-            case {"format": version} if version != _FORMAT:
-                raise GalleryError(f"{path}: format {version}, but this version reads {_FORMAT}; update it")
-            case {"dim": int(dim), "metric": str(metric), "model": dict(model)} if dim > 0 and metric in METRICS:
-                return cls(dim, metric, model)
-        raise GalleryError(f"{path}: fields are missing or wrong; restore it or build the gallery again")
+            state.write(self.directory)
+        except BaseException:
+            snapshot.retire(self.snapshot)
+            raise
+        changes.delete_former(self.directory, former, state)
+        self._go_on(snapshot)
 
+    def _go_on(self, snapshot: Snapshot) -> None:
+        former, self.snapshot = self.snapshot, snapshot
+        former.retire(snapshot)
+        searcher, self._searcher = self._searcher, None  # forgotten if it cannot follow
+        if searcher:
+            searcher.follow(snapshot)
+            self._searcher = searcher
 
-def _writing(directory: Path) -> IO[bytes]:
-    """A held lock; closing it, or the end of the process, lets others write."""
-    lock = (directory / "lock").open("ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise GalleryError(f"{directory}: another writer has this gallery open; wait for it to close") from error
-    return lock
+    def _commit_index(self, index: ApproximateIndex | None, curve: bytes) -> None:
+        def write(folder: Path) -> None:
+            (folder / CURVE).write_bytes(curve)
+            if index is not None:
+                index.save(folder)
 
+        self._searcher = None
+        self._commit(changes.with_part(self.snapshot, "index", write))
+        if index is not None:
+            self._searcher = Searcher(self.snapshot, index)
 
-def _read_rows(segment: Path, rows: NDArray[np.int64], out: NDArray[np.float32]) -> None:
-    """Copy ascending rows of a segment into ``out``, float32 ``(len(rows), D)``."""
-    try:
-        stored = np.load(segment, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise GalleryError(f"{segment}: {error}; restore it or build the gallery again") from error
-    dim = out.shape[1]
-    if stored.dtype != np.float32 or stored.shape[1:] != (dim,) or not 0 <= rows[0] <= rows[-1] < len(stored):
-        raise GalleryError(
-            f"{segment}: holds {stored.dtype} {stored.shape}, not float32 ({rows[-1] + 1} or more, {dim}); "
-            "restore it or build the gallery again"
-        )
-    # The rows are known to be there; without a mode numpy would copy everything once more.
-    np.take(stored, rows, axis=0, out=out, mode="clip")
-    if not np.isfinite(out).all():
-        raise GalleryError(f"{segment}: holds vectors that are not finite; restore it or build the gallery again")
+    def _refill_if_behind(self) -> None:
+        """Write the tuned index again if opening the gallery would have to add or pass over too many."""
+        part = self.snapshot.manifest.index
+        if part and index_lag(self.snapshot) > max(REFILL_AT[0], REFILL_AT[1] * len(self)):
+            self._refill(part)
+
+    def _refill(self, part: Part) -> None:
+        index = self._searching().index
+        assert isinstance(index, ApproximateIndex)
+        if index.removed:
+            index.refill(len(self), self.snapshot.blocks)
+        self._commit_index(index, (self.directory / part.name / CURVE).read_bytes())

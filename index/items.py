@@ -1,33 +1,29 @@
-"""What stands behind each vector of a gallery, in SQLite."""
+"""What stands behind each vector of a segment, in an SQLite file that is written once."""
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import GalleryError
+from index.filters import Condition
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
-# AUTOINCREMENT remembers the highest id ever given, so an id always means the same vector.
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS items (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT NOT NULL UNIQUE, caption TEXT, size INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL, metadata TEXT NOT NULL,
-    segment INTEGER NOT NULL, row INTEGER NOT NULL
+_SCHEMA = (
+    "CREATE TABLE items (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, caption TEXT, size INTEGER NOT NULL, "
+    "mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL, metadata TEXT NOT NULL)"
 )
-"""
+_MEND = "restore it or build the gallery again"
 _ITEM = "id, path, caption, size, mtime_ns, sha256, metadata"
-_INSERT = f"INSERT OR REPLACE INTO items ({_ITEM}, segment, row) VALUES ({', '.join('?' * 9)})"
 # One bound JSON array stands for any number of values, past SQLite's limit on parameters.
 _GIVEN = "(SELECT value FROM json_each(?))"
 
@@ -38,10 +34,10 @@ class Item:
 
     Attributes:
         path: Where the file is; the natural key of an item.
-        caption: A sentence that describes it, if one is known.
-        size: Bytes in the file.
-        mtime_ns: When it was last changed, in nanoseconds since the epoch.
-        sha256: Hexadecimal SHA-256 of its content.
+        caption: A sentence that describes it, if there is one.
+        size: The file's size in bytes.
+        mtime_ns: Its time of last change, in nanoseconds since the epoch.
+        sha256: Hex digest of its content.
         metadata: Whatever else is known, as JSON.
     """
 
@@ -53,107 +49,176 @@ class Item:
     metadata: dict[str, JSON] = field(default_factory=dict)
 
 
-class ItemTable:
-    """The items of a gallery and where their vectors are: row ``row`` of segment ``segment``.
+def write_items(path: Path, items: Sequence[Item], ids: NDArray[np.int64]) -> None:
+    """Make the file of a segment.
 
-    A reader sees the state of the moment at which it opened until it closes.
+    Args:
+        path: Where.
+        items: ``(N,)``, no path twice.
+        ids: int64 ``(N,)``.
 
     Raises:
-        GalleryError: If the file is missing or damaged.
+        GalleryError: If a path leads elsewhere, metadata is not JSON, or text is not Unicode.
     """
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
-        mode = "rw" if writable else "ro"
-        if not (writable or os.access(path.parent, os.W_OK) or path.with_name(path.name + "-wal").exists()):
-            # SQLite cannot set up its log here; without one the file alone is the whole state.
-            mode = "ro&immutable=1"
-        self._path = path
+    def rows() -> Iterator[tuple[object, ...]]:
+        for key, item in zip(ids.tolist(), items, strict=True):
+            _check_path(item.path)
+            try:
+                # Not escaped, as SQLite compares the names of fields as they are written.
+                metadata = json.dumps(item.metadata, allow_nan=False, ensure_ascii=False)
+                "".join((item.path, item.caption or "", item.sha256, metadata)).encode()
+            except UnicodeEncodeError as error:
+                raise GalleryError(f"{item.path!r}: {error.object!r} is not Unicode; rename it") from error
+            except (TypeError, ValueError, RecursionError) as error:
+                raise GalleryError(f"{item.path}: metadata is not JSON ({error}); leave that out") from error
+            if not max(abs(item.size), abs(item.mtime_ns)) < 1 << 63:
+                raise GalleryError(f"{item.path}: size {item.size} or time {item.mtime_ns} is too large; correct it")
+            yield key, item.path, item.caption, item.size, item.mtime_ns, item.sha256, metadata
+
+    with _new_table(path) as table:
+        table.executemany(f"INSERT INTO items ({_ITEM}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
+
+
+def merge_items(path: Path, sources: Iterable[tuple[Path, NDArray[np.int64]]]) -> None:
+    """Make the file of a merged segment.
+
+    Args:
+        path: Where.
+        sources: Files, and for each the ids to leave out, int64 ``(M,)``.
+    """
+    with _new_table(path) as table:
+        for source, removed in sources:
+            table.execute("ATTACH ? AS source", (f"{source.absolute().as_uri()}?mode=ro&immutable=1",))
+            kept = f"SELECT {_ITEM} FROM source.items WHERE id NOT IN {_GIVEN} ORDER BY id"
+            table.execute(f"INSERT INTO main.items ({_ITEM}) {kept}", (json.dumps(removed.tolist()),))
+            table.execute("COMMIT")
+            table.execute("DETACH source")
+            table.execute("BEGIN")
+
+
+class ItemFile:
+    """Reads what :func:`write_items` or :func:`merge_items` wrote; several threads may.
+
+    Raises:
+        GalleryError: If the file is damaged or holds more than a table of items.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         with self._damage_reported():
             self._db = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode={mode}",
-                uri=True,
-                isolation_level=None,
-                check_same_thread=False,
+                f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
             )
-            self._db.execute("PRAGMA synchronous = FULL" if writable else "BEGIN")
-
-    @staticmethod
-    def create(path: Path) -> None:
-        """Make an empty table."""
-        with closing(sqlite3.connect(path)) as db:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute(_SCHEMA)
+            try:
+                self._db.execute("PRAGMA trusted_schema = OFF")
+                # A view or trigger in a file from elsewhere would be code.
+                schema = self._db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
+                if schema != [("table", "items", _SCHEMA), ("index", "sqlite_autoindex_items_1", None)]:
+                    raise sqlite3.DatabaseError("is no table of items")
+            except sqlite3.Error:
+                self._db.close()
+                raise
 
     def close(self) -> None:
         """Release the file."""
         self._db.close()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Make what is done inside durable on leaving, or undo it if that fails."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    def next_id(self) -> int:
-        """The id that the next item gets; no item of this table has ever had it."""
-        return 1 + (self._db.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()[0] or 0)
-
-    def insert(self, items: Sequence[Item], ids: NDArray[np.int64], segment: int) -> None:
-        """Add items whose vectors are the rows of ``segment``, in place of those with the same paths.
-
-        Raises:
-            GalleryError: If metadata is not JSON, or text is not Unicode.
-        """
-        for row, (key, item) in enumerate(zip(ids.tolist(), items, strict=True)):
-            try:
-                metadata = json.dumps(item.metadata, allow_nan=False)
-                facts = (item.path, item.caption, item.size, item.mtime_ns, item.sha256, metadata)
-                self._db.execute(_INSERT, (key, *facts, segment, row))
-            except UnicodeEncodeError as error:
-                raise GalleryError(f"{item.path!r}: {error.object!r} is not Unicode; rename it") from error
-            except (TypeError, ValueError) as error:
-                raise GalleryError(f"{item.path}: metadata is not JSON ({error}); leave that out") from error
-
-    def delete(self, ids: NDArray[np.int64]) -> None:
-        """Remove the items of these ids."""
-        self._db.execute(f"DELETE FROM items WHERE id IN {_GIVEN}", (json.dumps(ids.tolist()),))
-
     def ids_of(self, paths: Sequence[str]) -> NDArray[np.int64]:
         """Ids of those paths that are here, int64, in no particular order."""
-        found = self._db.execute(f"SELECT id FROM items WHERE path IN {_GIVEN}", (json.dumps(paths),))
-        return np.fromiter((row[0] for row in found), np.int64)
+        return self._ids(f"path IN {_GIVEN}", [json.dumps(paths)])
 
-    def has_unchanged(self, path: str, size: int, mtime_ns: int) -> bool:
-        """Whether the item of this path has this size and time of change."""
-        query = f"SELECT 1 FROM items WHERE path IN {_GIVEN} AND size = ? AND mtime_ns = ?"
-        return self._db.execute(query, (json.dumps([path]), size, mtime_ns)).fetchone() is not None
+    def ids_where(self, conditions: Sequence[Condition]) -> NDArray[np.int64]:
+        """Ids of the items for which all conditions hold, int64."""
+        expressions = [condition.sql() for condition in conditions]
+        where = " AND ".join(["1", *(sql for sql, _ in expressions)])
+        return self._ids(where, [value for _, values in expressions for value in values])
 
-    def locations(self) -> NDArray[np.int64]:
-        """Where every vector is, int64 ``(N, 3)`` of id, segment and row, sorted by segment and row.
+    def get(self, key: int) -> Item:
+        """The item of an id.
 
         Raises:
-            GalleryError: If the file is damaged.
+            GalleryError: If it is not here, or damaged.
         """
         with self._damage_reported():
-            found = self._db.execute("SELECT id, segment, row FROM items ORDER BY segment, row").fetchall()
-        return np.array(found, np.int64).reshape(-1, 3)
+            row = self._db.execute(f"SELECT {_ITEM} FROM items WHERE id = ?", (key,)).fetchone()
+        if row is None:
+            raise GalleryError(f"{self.path}: lacks items of the vectors; {_MEND}")
+        return self._item(*row)
 
-    def select(self, ids: NDArray[np.int64] | None = None) -> Iterator[tuple[int, Item]]:
-        """Ids and items in order of id: all of them, or those of the given ids."""
-        where, given = ("", ()) if ids is None else (f"WHERE id IN {_GIVEN}", (json.dumps(ids.tolist()),))
-        found = self._db.execute(f"SELECT {_ITEM} FROM items {where} ORDER BY id", given)
-        for key, path, caption, size, mtime_ns, sha256, metadata in found:
-            yield key, Item(path, caption, size, mtime_ns, sha256, json.loads(metadata))
+    def select(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, Item]]:
+        """The ids and their items, in order of id.
+
+        Raises:
+            GalleryError: If one is not here, or damaged.
+        """
+        found = 0
+        query = f"SELECT {_ITEM} FROM items WHERE id IN {_GIVEN} ORDER BY id"
+        for row in self._rows(query, [json.dumps(ids.tolist())]):
+            yield row[0], self._item(*row)
+            found += 1
+        if found < len(ids):
+            raise GalleryError(f"{self.path}: lacks items of the vectors; {_MEND}")
+
+    def facts(self) -> Iterator[tuple[int, str, int, int]]:
+        """Id, path, size and time of change of every item."""
+        return self._rows("SELECT id, path, size, mtime_ns FROM items ORDER BY id", [])
+
+    def check(self) -> None:
+        """Read everything once.
+
+        Raises:
+            GalleryError: If anything is damaged.
+        """
+        for (answer,) in self._rows("PRAGMA integrity_check", []):
+            if answer != "ok":
+                raise GalleryError(f"{self.path}: {answer}; {_MEND}".replace("\n", " "))
+        for row in self._rows(f"SELECT {_ITEM} FROM items", []):
+            self._item(*row)
+
+    def _item(self, key: int, *facts: Any) -> Item:
+        """SQLite does not hold columns to their types, so a file from elsewhere may have anything in them."""
+        try:
+            *plain, metadata = facts
+            item = Item(*plain, json.loads(metadata))  # type: ignore[call-arg]
+        except (TypeError, ValueError, RecursionError) as error:
+            raise GalleryError(f"{self.path}: id {key}: {error}; {_MEND}") from error
+        kinds = (str, str | None, int, int, str, dict)
+        if not all(map(isinstance, (*plain, item.metadata), kinds)):
+            raise GalleryError(f"{self.path}: id {key}: is no item; {_MEND}")
+        _check_path(item.path)
+        return item
+
+    def _ids(self, where: str, parameters: Sequence[str | float]) -> NDArray[np.int64]:
+        found = self._rows(f"SELECT id FROM items WHERE {where}", parameters)
+        return np.fromiter((row[0] for row in found), np.int64)
+
+    def _rows(self, query: str, parameters: Sequence[str | float]) -> Iterator[Any]:
+        with self._damage_reported():
+            yield from self._db.execute(query, parameters)
 
     @contextmanager
     def _damage_reported(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
-            raise GalleryError(f"{self._path}: {error}; restore it or build the gallery again") from error
+        except (sqlite3.DatabaseError, MemoryError) as error:
+            reason = f"{error!s:.200}".replace("\n", " ")
+            raise GalleryError(f"{self.path}: {reason}; {_MEND}") from error
+
+
+@contextmanager
+def _new_table(path: Path) -> Iterator[sqlite3.Connection]:
+    """A file that counts for nothing until it is complete, so SQLite need not guard it against crashes."""
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rwc", uri=True, isolation_level=None)) as table:
+        table.execute("PRAGMA journal_mode = OFF")
+        table.execute("PRAGMA synchronous = OFF")
+        table.execute(_SCHEMA)
+        table.execute("BEGIN")
+        yield table
+        table.execute("COMMIT")
+
+
+def _check_path(path: str) -> None:
+    """Whoever serves an item's file must not be led out of a folder by its name."""
+    if not path or "\0" in path or ".." in path.replace("\\", "/").split("/"):
+        raise GalleryError(f"{path!r}: is no plain path of an item; give it without '..'")

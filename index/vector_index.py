@@ -1,17 +1,16 @@
-"""One small protocol for vector indexes, and the two that search exhaustively."""
+"""One small protocol for vector indexes, and the two that search exhaustively, in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import faiss
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from index.errors import GalleryError
-from index.files import replacing
 
 _BLOCK_ELEMENTS = 1 << 18
 """Gallery elements that an order scan handles at once: 1 MiB of float32, so temporaries stay in cache."""
@@ -44,6 +43,15 @@ class VectorIndex(Protocol):
         """Number of vectors."""
         ...
 
+    @property
+    def last_id(self) -> int:
+        """The highest id that ever was here, 0 if there was none."""
+        ...
+
+    def live_ids(self) -> NDArray[np.int64]:
+        """Ids of the vectors that are here, int64 ``(N,)``, ascending."""
+        ...
+
     def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Add vectors under new ids: all of them, or none if one cannot be.
 
@@ -73,19 +81,6 @@ class VectorIndex(Protocol):
         """
         ...
 
-    def save(self, path: Path) -> None:
-        """Write the index to one file, replacing it as a whole."""
-        ...
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            GalleryError: If the file is missing, damaged, or holds another kind of index.
-        """
-        ...
-
 
 def as_rows(vectors: ArrayLike, dim: int, name_row: Callable[[int], str]) -> NDArray[np.float32]:
     """Finite, contiguous float32 ``(N, dim)`` from what a caller gave.
@@ -96,10 +91,52 @@ def as_rows(vectors: ArrayLike, dim: int, name_row: Callable[[int], str]) -> NDA
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     if rows.ndim != 2 or rows.shape[1] != dim:
         raise GalleryError(f"vectors of shape {rows.shape} where (N, {dim}) is needed; use the same encoder")
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if len(bad):
-        raise GalleryError(f"{name_row(int(bad[0]))}: its vector is not finite; encode it again or leave it out")
+    # Whatever is not finite makes the sum so; only then it is worth looking where it is.
+    if not math.isfinite(rows.sum()):
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(bad):
+            raise GalleryError(f"{name_row(int(bad[0]))}: its vector is not finite; encode it again or leave it out")
     return rows
+
+
+def as_queries(queries: ArrayLike, dim: int, k: int) -> NDArray[np.float32]:
+    """Queries as :func:`as_rows`, for ``k`` hits each.
+
+    Raises:
+        GalleryError: Also if ``k`` is below 1.
+    """
+    if k < 1:
+        raise GalleryError(f"k is {k}; ask for at least 1 hit")
+    return as_rows(queries, dim, "query {}".format)
+
+
+def no_hits(queries: int, k: int) -> SearchHits:
+    """Rows that have found nothing yet."""
+    return SearchHits(np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int64))
+
+
+def in_order(scores: NDArray[np.float32], ids: NDArray[np.int64]) -> SearchHits:
+    """Hits by falling score, ties by lower id."""
+    order = np.lexsort((ids, -scores), axis=1)
+    return SearchHits(np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1))
+
+
+def search_blocks(
+    queries: NDArray[np.float32], k: int, blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]
+) -> SearchHits:
+    """Exhaustive search by inner product through vectors that need not fit in memory.
+
+    Args:
+        queries: float32 ``(Q, D)``.
+        k: Hits per query.
+        blocks: Ids int64 ``(B,)`` and vectors float32 ``(B, D)``, a block at a time.
+    """
+    best = no_hits(len(queries), k)
+    for ids, vectors in blocks:
+        scores, rows = faiss.knn(queries, vectors, min(k, len(ids)), metric=faiss.METRIC_INNER_PRODUCT)
+        merged = in_order(np.hstack([best.scores, scores]), np.hstack([best.ids, ids[rows]]))
+        best = SearchHits(merged.scores[:, :k], merged.ids[:, :k])
+    return best
 
 
 class _FlatIndex:
@@ -107,8 +144,13 @@ class _FlatIndex:
 
     _faiss_metric: ClassVar[int]
 
-    def __init__(self, dim: int) -> None:
-        self._index: Any = faiss.IndexIDMap2(faiss.IndexFlat(dim, self._faiss_metric))
+    def __init__(self, dim: int, capacity: int = 0) -> None:
+        flat = faiss.IndexFlat(dim, self._faiss_metric)
+        # Room for as many vectors: growing step by step would copy them, and need twice their memory meanwhile.
+        flat.codes.resize(capacity * flat.code_size)
+        flat.codes.resize(0)
+        self._index: Any = faiss.IndexIDMap(flat)
+        self._last_id = 0
 
     @property
     def dim(self) -> int:
@@ -117,36 +159,40 @@ class _FlatIndex:
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
+    @property
+    def last_id(self) -> int:
+        return self._last_id
+
+    def live_ids(self) -> NDArray[np.int64]:
+        return np.sort(self._ids())
+
     def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         rows = as_rows(vectors, self.dim, lambda row: f"id {ids[row]}")
         if ids.shape != (len(rows),):
             raise GalleryError(f"ids of shape {ids.shape} for {len(rows)} vectors; give one id per vector")
         unique, counts = np.unique(ids, return_counts=True)
-        refused = unique[(unique < 0) | (counts > 1) | np.isin(unique, self._ids())]
+        refused = unique[(unique < 0) | (counts > 1)]
+        if not len(refused) and len(ids) and unique[0] <= self._last_id:
+            refused = unique[np.isin(unique, self._ids())]
         if len(refused):
             raise GalleryError(f"id {refused[0]} is negative or taken; remove the old vector or use a new id")
         self._index.add_with_ids(rows, ids)
+        self._last_id = max([self._last_id, *unique[-1:].tolist()])
 
     def remove(self, ids: NDArray[np.int64]) -> int:
-        return int(self._index.remove_ids(np.ascontiguousarray(ids, dtype=np.int64)))
-
-    def save(self, path: Path) -> None:
-        with replacing(path) as file:
-            faiss.write_index(self._index, file.name)  # faiss wants a name; it reopens the same file
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        try:
-            stored = faiss.read_index(str(path))
-        except RuntimeError as error:
-            raise GalleryError(f"{path}: missing or damaged index; build it again") from error
-        flat = faiss.downcast_index(stored.index) if isinstance(stored, faiss.IndexIDMap2) else None
-        if not isinstance(flat, faiss.IndexFlat) or flat.metric_type != cls._faiss_metric:
-            raise GalleryError(f"{path}: holds another kind of index than {cls.__name__}; build it again")
-        loaded = cls(stored.d)
-        loaded._index = stored
-        return loaded
+        held = self._ids().copy()
+        gone = np.isin(held, ids)
+        kept = len(held) - int(gone.sum())
+        # The last rows fill the gaps: closing them up, as FAISS does, would move almost everything.
+        gaps, last = np.flatnonzero(gone[:kept]), kept + np.flatnonzero(~gone[kept:])
+        self._rows()[gaps] = self._rows()[last]
+        held[gaps] = held[last]
+        flat: Any = faiss.downcast_index(self._index.index)
+        flat.codes.resize(kept * flat.code_size)
+        faiss.copy_array_to_vector(held[:kept], self._index.id_map)
+        flat.ntotal = self._index.ntotal = kept
+        return len(held) - kept
 
     def _ids(self) -> NDArray[np.int64]:
         """Ids in row order, int64 ``(N,)``."""
@@ -159,11 +205,6 @@ class _FlatIndex:
         rows: NDArray[np.float32] = faiss.rev_swig_ptr(flat.get_xb(), len(self) * self.dim)
         return rows.reshape(-1, self.dim)
 
-    def _checked_queries(self, queries: NDArray[np.float32], k: int) -> NDArray[np.float32]:
-        if k < 1:
-            raise GalleryError(f"k is {k}; ask for at least 1 hit")
-        return as_rows(queries, self.dim, "query {}".format)
-
 
 class ExactIndex(_FlatIndex):
     """Exhaustive search by inner product, which for unit vectors is cosine similarity.
@@ -175,14 +216,13 @@ class ExactIndex(_FlatIndex):
 
     def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
         """Find the vectors of largest inner product; see :meth:`VectorIndex.search`."""
-        queries = self._checked_queries(queries, k)
+        queries = as_queries(queries, self.dim, k)
         parameters: Any = faiss.SearchParameters()
         selector = None if allowed is None else faiss.IDSelectorBatch(np.asarray(allowed, np.int64))
         parameters.sel = selector
         scores, ids = self._index.search(queries, k, params=parameters)
         scores[ids < 0] = -np.inf
-        order = np.lexsort((ids, -scores), axis=1)
-        return SearchHits(np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1))
+        return in_order(scores, ids)
 
 
 class OrderIndex(_FlatIndex):
@@ -193,16 +233,16 @@ class OrderIndex(_FlatIndex):
     id. Besides the hits, a search needs memory for one score per vector and one block of the gallery.
     """
 
-    # The scan below has its own similarity; L2 only tells a saved OrderIndex from an ExactIndex.
+    # The scan below has its own similarity; FAISS only keeps the rows.
     _faiss_metric = faiss.METRIC_L2
 
     def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
         """Find the images that lie furthest above each caption; see :meth:`VectorIndex.search`."""
-        queries = self._checked_queries(queries, k)
+        queries = as_queries(queries, self.dim, k)
         ids = self._ids()
         chosen = None if allowed is None else np.flatnonzero(np.isin(ids, allowed))
         ids = ids if chosen is None else ids[chosen]
-        hits = SearchHits(np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64))
+        hits = no_hits(len(queries), k)
         squared = np.empty(len(ids), np.float32)
         for query, best_scores, best_ids in zip(queries, *hits, strict=True):
             for rows, block in self._blocks(chosen):

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vse_app import index_verb, search_verb
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run the verb, and end with status 2 and one line on bad input."""
@@ -115,28 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     verb.set_defaults(run=_variance)
 
-    verb = verbs.add_parser("index", help="a searchable gallery of pictures")
-    verb.add_argument("gallery", type=Path)
-    actions = verb.add_subparsers(metavar="add|remove|info", required=True)
-    add = actions.add_parser("add", help="index pictures from files and folders")
-    add.add_argument("paths", type=Path, nargs="+")
-    add.add_argument("--model", type=Path, default=None, help="run directory or hub name; needed once")
-    add.add_argument("--json", action="store_true", help="machine-readable report")
-    add.set_defaults(run=_index_add)
-    remove = actions.add_parser("remove", help="take pictures out of the gallery; the files stay")
-    remove.add_argument("paths", type=Path, nargs="+")
-    remove.set_defaults(run=_index_remove)
-    info = actions.add_parser("info", help="what the gallery holds")
-    info.add_argument("--json", action="store_true")
-    info.set_defaults(run=_index_info)
-
-    verb = verbs.add_parser("search", help="search a gallery by text or by picture")
-    verb.add_argument("gallery", type=Path)
-    verb.add_argument("text", nargs="?", help="what to look for")
-    verb.add_argument("--image", type=Path, default=None, help="look for pictures like this one")
-    verb.add_argument("-k", type=int, default=10, help="number of results (default: 10)")
-    verb.add_argument("--json", action="store_true")
-    verb.set_defaults(run=_search)
+    index_verb.add_parser(verbs)
+    search_verb.add_parser(verbs)
     return parser
 
 
@@ -255,62 +237,6 @@ def _variance(args: argparse.Namespace) -> None:
         report.write_plot(points, title, out / "variance.png")
         written.append("variance.png")
     print(f"\n{out}: {', '.join(written)}")
-
-
-def _index_add(args: argparse.Namespace) -> None:
-    from training.data.images import find_images
-    from vse_app.search_engine import SearchEngine
-
-    files = find_images(args.paths)  # a wrong path is refused before a gallery is made
-    with SearchEngine.open_or_create(args.gallery, args.model) as engine:
-        report = engine.add(files)
-        total = len(engine.gallery)
-    if args.json:
-        print(json.dumps({**report.to_json(), "items": total}, indent=2))
-        return
-    if report.quarantine.report():
-        print(report.quarantine.report(), file=sys.stderr)
-    print(
-        f"{args.gallery}: {report.added} added, {report.unchanged} unchanged, "
-        f"{len(report.quarantine.refused)} refused; {total} pictures"
-    )
-
-
-def _index_remove(args: argparse.Namespace) -> None:
-    from index.gallery import Gallery
-
-    with Gallery.open(args.gallery, writable=True) as gallery:
-        removed = gallery.remove([str(path.resolve()) for path in args.paths])
-        print(f"{args.gallery}: {removed} removed, {len(args.paths) - removed} not there; {len(gallery)} pictures")
-
-
-def _index_info(args: argparse.Namespace) -> None:
-    from index.gallery import Gallery
-
-    with Gallery.open(args.gallery) as gallery:
-        info = gallery.info()
-    if args.json:
-        print(json.dumps(info, indent=2))
-    else:
-        print("\n".join(f"{key:9} {value}" for key, value in info.items()))
-
-
-def _search(args: argparse.Namespace) -> None:
-    from training.errors import InputError
-    from vse_app.search_engine import SearchEngine
-
-    if (args.text is None) == (args.image is None):
-        raise InputError("search: give a text or --image FILE, one of the two")
-    with SearchEngine.open(args.gallery) as engine:
-        hits = engine.search_image(args.image, args.k) if args.image else engine.search_text(args.text, args.k)
-    if args.json:
-        records = [{"path": h.item.path, "score": h.score, "caption": h.item.caption} for h in hits]
-        print(json.dumps(records, indent=2, ensure_ascii=False))
-        return
-    for rank, hit in enumerate(hits, 1):
-        print(f"{rank:3}  {hit.score:6.3f}  {hit.item.path}" + (f"  “{hit.item.caption}”" if hit.item.caption else ""))
-    if not hits:
-        print("the gallery is empty", file=sys.stderr)
 
 
 if __name__ == "__main__":

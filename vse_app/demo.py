@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from index.gallery import Hit
 from training.config import read_toml
 from training.data.corpus import Corpus
 from training.data.formats import load_corpus
@@ -19,7 +18,7 @@ from training.models.dual_encoder import DualEncoder
 from training.models.features import encode_corpus
 from training.trainer import STATE_FILE, Trainer
 from vse_app.contact_sheet import Row, contact_sheet
-from vse_app.search_engine import SearchEngine
+from vse_app.search_engine import Facts, Result, SearchEngine
 
 RECIPE = Path(__file__).parents[1] / "training" / "recipes" / "scenes.toml"
 QUERIES, SHOWN = 4, 5
@@ -55,7 +54,7 @@ def run_demo(out: Path, scenes: int) -> None:
     print("\n3. Index the test pictures")
     paths = _write_pictures(corpus, out / "pictures")
     with SearchEngine.open_or_create(out / "gallery", run) as engine:
-        engine.add(paths, {path: _captions(corpus, image)[0] for image, path in enumerate(paths)})
+        engine.add(paths, {path: Facts(_captions(corpus, image)[0]) for image, path in enumerate(paths)})
         print(f"{out / 'gallery'}: {len(engine.gallery)} pictures")
 
         print("\n4. Search them")
@@ -78,7 +77,7 @@ def _captions(corpus: Corpus, image: int) -> list[str]:
     return [corpus.captions[c] for c in (corpus.owner == image).nonzero()[0]]
 
 
-def _print_hits(query: str, hits: list[Hit]) -> None:
+def _print_hits(query: str, hits: list[Result]) -> None:
     print(f"“{query}”")
     for rank, hit in enumerate(hits[:3], 1):
         print(f"  {rank}  {hit.score:6.3f}  {Path(hit.item.path).name}  “{hit.item.caption}”")

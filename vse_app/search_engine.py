@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,45 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from index.errors import GalleryError
+from index.filters import Condition
 from index.gallery import Gallery, Hit
-from index.items import Item
-from training.data.images import Quarantine, decode, decode_all, find_images
+from index.items import JSON, Item
+from index.manifest import Part
+from index.near_duplicates import collapse
+from index.querybank import rescore
+from index.relevance import BACKGROUND_SIZE, Relevance
+from index.vector_index import SearchHits
+from training.data.images import Quarantine, decode_all, find_images
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
+from vse_app.queries import Query, embed, item_id
 
 BATCH = 64  # pictures decoded, embedded and made durable together
+_HUB_DEPTH = 10  # hubness correction ranks anew so many times as many results as are wanted
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a picture beside its pixels: a sentence, and whatever else searches may ask for."""
+
+    caption: str | None = None
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result(Hit):
+    """A hit, and what is known about it.
+
+    Attributes:
+        probability: That it is what a text means, if the gallery was calibrated; None for other queries.
+        likely: Whether that reaches the gallery's cut; None where there is no probability.
+        duplicates: Items that look the same and that it stands for, best first.
+    """
+
+    probability: float | None = None
+    likely: bool | None = None
+    duplicates: tuple[Item, ...] = ()
 
 
 @dataclass
@@ -29,29 +62,35 @@ class AddReport:
     """What became of the files given to :meth:`SearchEngine.add`."""
 
     added: int = 0
+    reworded: int = 0
     unchanged: int = 0
     quarantine: Quarantine = field(default_factory=Quarantine)
 
     def to_json(self) -> dict[str, Any]:
         """Counts and the quarantined files."""
-        return {"added": self.added, "unchanged": self.unchanged, **self.quarantine.to_json()}
+        counts = {"added": self.added, "reworded": self.reworded, "unchanged": self.unchanged}
+        return {**counts, **self.quarantine.to_json()}
 
 
 class SearchEngine:
     """Searches a gallery by text or picture with the model it was built with.
 
     Args:
-        model: The dual encoder; its checksum must be the gallery's.
         gallery: Open for reading, or for writing if pictures are to be added.
+        model: The dual encoder; its checksum must be the gallery's. None loads the one that the gallery names
+            when it is first needed.
 
     Raises:
         GalleryError: If the gallery was built with another model.
     """
 
-    def __init__(self, model: DualEncoder, gallery: Gallery) -> None:
-        gallery.check_model(model.fingerprint())
-        self.model = model
+    def __init__(self, gallery: Gallery, model: DualEncoder | None = None) -> None:
+        if model:
+            gallery.check_model(model.fingerprint())
         self.gallery = gallery
+        self._model = model
+        self._relevance: Relevance | None = None
+        self._relevance_part: Part | None = None
 
     @classmethod
     def open(cls, directory: Path, *, writable: bool = False) -> SearchEngine:
@@ -59,10 +98,8 @@ class SearchEngine:
 
         Raises:
             GalleryError: If there is no gallery, it is damaged or in use.
-            InputError: If its model cannot be loaded.
         """
-        gallery = Gallery.open(directory, writable=writable)
-        return cls._with_model(gallery, gallery.model["name"])
+        return cls(Gallery.open(directory, writable=writable))
 
     @classmethod
     def open_or_create(cls, directory: Path, model: Path | None) -> SearchEngine:
@@ -71,28 +108,38 @@ class SearchEngine:
         Args:
             directory: The gallery.
             model: Run directory or hub name; needed for a new gallery, checked against an old one.
+
+        Raises:
+            InputError: If the model cannot be loaded.
         """
         if Gallery.exists(directory):
-            gallery = Gallery.open(directory, writable=True)
-            return cls._with_model(gallery, model or gallery.model["name"])
+            with ExitStack() as resources:
+                gallery = resources.enter_context(Gallery.open(directory, writable=True))
+                engine = cls(gallery, DualEncoder.from_pretrained(model) if model else None)
+                resources.pop_all()
+            return engine
         if model is None:
             raise InputError(f"{directory}: a new gallery needs a model; add --model RUN")
         encoder = DualEncoder.from_pretrained(model)
         encoder.transform()  # refuses a model that cannot see pictures before anything is written
-        name = str(model.resolve()) if model.exists() else str(model)
-        identity = {"name": name, "checksum": encoder.fingerprint()}
-        gallery = Gallery.create(directory, dim=encoder.config.dim, metric=encoder.config.similarity, model=identity)
-        return cls(encoder, gallery)
+        dim, metric = encoder.config.dim, encoder.config.similarity
+        return cls(Gallery.create(directory, dim=dim, metric=metric, model=identity(model, encoder)), encoder)
 
-    @classmethod
-    def _with_model(cls, gallery: Gallery, model: Path | str) -> SearchEngine:
-        with ExitStack() as resources:
-            resources.enter_context(gallery)
-            engine = cls(DualEncoder.from_pretrained(model), gallery)
-            resources.pop_all()
-        return engine
+    @property
+    def model(self) -> DualEncoder:
+        """The gallery's model.
 
-    def add(self, paths: Sequence[Path], captions: dict[Path, str] | None = None) -> AddReport:
+        Raises:
+            InputError: If it cannot be loaded.
+            GalleryError: If what is there now is another one.
+        """
+        if self._model is None:
+            self._model = load_model(self.gallery)
+        return self._model
+
+    def add(
+        self, paths: Sequence[Path], facts: Mapping[Path, Facts] | None = None, *, dry_run: bool = False
+    ) -> AddReport:
         """Index pictures from files and folders; each batch is durable once the bar has moved past it.
 
         Unchanged files that are in the gallery already are not decoded again. Files that cannot be decoded
@@ -100,35 +147,163 @@ class SearchEngine:
 
         Args:
             paths: Files, and folders to walk.
-            captions: Sentences to keep with some of the files.
+            facts: What to keep with some of the files.
+            dry_run: Report what would be added, and change nothing; no picture is decoded.
         """
-        report = AddReport()
-        stale = []
-        files = {path.resolve(): path for path in find_images(paths)}  # links and spellings of a file are one picture
-        for target, path in files.items():
-            status = path.stat() if path.exists() else None
-            if status and self.gallery.has_unchanged(str(target), status.st_size, status.st_mtime_ns):
-                report.unchanged += 1
-            else:
-                stale.append(path)
+        files = {str(path.resolve()): path for path in find_images(paths)}  # spellings of a file are one picture
+        known = {str(path.resolve()): of for path, of in (facts or {}).items()}
+        unchanged = self.gallery.unchanged(
+            {target: _size_and_time(path) for target, path in files.items() if path.exists()}
+        )
+        report = AddReport(unchanged=len(unchanged))
+        stale = [path for target, path in files.items() if target not in unchanged]
+        reworded = self._reworded(sorted(unchanged & known.keys()), known)
+        report.reworded = len(reworded)
+        report.unchanged -= len(reworded)
+        if dry_run:
+            report.added = len(stale)
+            return report
+        for start in range(0, len(reworded), BATCH):
+            batch = reworded[start : start + BATCH]
+            self.gallery.add([item for _, item in batch], self.gallery.vectors(np.array([key for key, _ in batch])))
         with tqdm(total=len(stale), desc="index", unit="image", delay=1, leave=False) as bar:
-            for batch in _batches(decode_all(stale, report.quarantine)):
-                vectors = self.model.encode_images([image for _, image in batch]).numpy()
-                items = [_item(path, (captions or {}).get(path)) for path, _ in batch]
+            for decoded in _batches(decode_all(stale, report.quarantine)):
+                vectors = self.model.encode_images([image for _, image in decoded]).numpy()
+                items = [_item(path, known.get(str(path.resolve()), Facts())) for path, _ in decoded]
                 report.added += len(self.gallery.add(items, vectors))
-                bar.update(len(batch))
+                bar.update(len(decoded))
         return report
 
-    def search_text(self, text: str, k: int = 10) -> list[Hit]:
+    def search(
+        self,
+        queries: Sequence[Query],
+        k: int = 10,
+        *,
+        where: Sequence[Condition] = (),
+        collapse_at: float | None = None,
+        correct_hubs: bool = False,
+    ) -> list[list[Result]]:
+        """The ``k`` best pictures for each query, best first.
+
+        Args:
+            queries: What to look for; embedded together.
+            k: Results per query; fewer only if the gallery, or what the conditions leave of it, is smaller.
+            where: Conditions on the items, all of which must hold.
+            collapse_at: Cosine from which two results count as one, which the better one stands for.
+            correct_hubs: Rank by querybank-normalised scores (:class:`index.querybank.QueryBank`) what plain
+                similarity puts among the first ``10 k``.
+
+        Raises:
+            GalleryError: If there is nothing to correct hubs by, or an item to be like is not there.
+            InputError: If a query is empty or its picture cannot be read.
+        """
+        if k < 1:
+            raise InputError(f"search: k is {k}; ask for at least 1 result")
+        embedded = embed(queries, self.gallery, lambda: self.model, lambda: self.background)
+        allowed = self.gallery.ids_where(where) if where else None
+        if correct_hubs and not (self.relevance and self.relevance.bank):
+            raise GalleryError(
+                f"{self.gallery.directory}: has no query bank that helps; see what vse index tune says of it"
+            )
+        count = len(self.gallery) if allowed is None else len(allowed)
+        # One more for the item that a query is to be like, and some to make up for what is collapsed.
+        depth = k * (_HUB_DEPTH if correct_hubs else 1) * (2 if collapse_at is not None else 1) + 1
+        while True:
+            hits = self._ranked(embedded, min(depth, max(1, count)), allowed, correct_hubs)
+            groups = [self._groups(row, query, k, collapse_at) for row, query in zip(hits.ids, queries, strict=True)]
+            if depth >= count or min(map(len, groups), default=k) >= k:
+                break
+            depth *= 4
+        return self._results(queries, embedded, hits, groups, count)
+
+    def search_text(self, text: str, k: int = 10) -> list[Result]:
         """The ``k`` pictures nearest to a sentence, best first."""
-        return self._search(self.model.encode_texts([text]).numpy(), k)
+        return self.search([Query(text=text)], k)[0]
 
-    def search_image(self, path: Path, k: int = 10) -> list[Hit]:
+    def search_image(self, path: Path, k: int = 10) -> list[Result]:
         """The ``k`` pictures nearest to a picture, best first."""
-        return self._search(self.model.encode_images([decode(path)]).numpy(), k)
+        return self.search([Query(image=path)], k)[0]
 
-    def _search(self, vector: NDArray[np.float32], k: int) -> list[Hit]:
-        return self.gallery.search(vector, k)[0]
+    @property
+    def relevance(self) -> Relevance | None:
+        """What the gallery knows about scores, if it was tuned with captions whose images are known."""
+        part = self.gallery.snapshot.manifest.calibration
+        if part != self._relevance_part:
+            folder = self.gallery.calibration_folder()
+            self._relevance = Relevance.load(folder, self.gallery.dim) if folder else None
+            self._relevance_part = part
+        return self._relevance
+
+    @property
+    def background(self) -> NDArray[np.float32]:
+        """A sample of the gallery, float32 ``(B, D)``."""
+        if self.relevance:
+            return self.relevance.background
+        ids = self.gallery.snapshot.ids()
+        chosen = np.random.default_rng(0).permutation(len(ids))[:BACKGROUND_SIZE]
+        return self.gallery.vectors(np.sort(ids[chosen]))
+
+    def _ranked(
+        self, vectors: NDArray[np.float32], depth: int, allowed: NDArray[np.int64] | None, correct_hubs: bool
+    ) -> SearchHits:
+        hits = self.gallery.nearest(vectors, depth, allowed)
+        if not (correct_hubs and self.relevance and self.relevance.bank):
+            return hits
+        found, where = np.unique(hits.ids[hits.ids >= 0], return_inverse=True)
+        hubness = np.zeros(hits.ids.shape, np.float32)
+        hubness[hits.ids >= 0] = self.relevance.bank.hubness(self.gallery.vectors(found))[where]
+        order = np.argsort(-rescore(hits.scores, hubness), axis=1, kind="stable")
+        return SearchHits(np.take_along_axis(hits.scores, order, 1), np.take_along_axis(hits.ids, order, 1))
+
+    def _groups(
+        self, ids: NDArray[np.int64], query: Query, k: int, collapse_at: float | None
+    ) -> list[NDArray[np.intp]]:
+        """Places of the first ``k`` results among the ids ``(m,)``, each with those that it stands for."""
+        own = item_id(self.gallery, query.like) if query.like is not None else -1
+        places = np.flatnonzero((ids >= 0) & (ids != own))
+        if collapse_at is None:
+            return [places[n : n + 1] for n in range(min(k, len(places)))]
+        leader = collapse(self.gallery.vectors(ids[places]), collapse_at)
+        return [places[leader == first] for first in np.unique(leader)[:k]]
+
+    def _results(
+        self,
+        queries: Sequence[Query],
+        vectors: NDArray[np.float32],
+        hits: SearchHits,
+        groups: list[list[NDArray[np.intp]]],
+        count: int,
+    ) -> list[list[Result]]:
+        item = cache(self.gallery.snapshot.item)
+        relevance = self.relevance
+        probabilities = relevance.probabilities(vectors, hits.scores, count) if relevance else None
+        results = []
+        for n, (query, row) in enumerate(zip(queries, groups, strict=True)):
+            # The calibration knows texts; how alike two pictures are means something else.
+            known = probabilities[n] if probabilities is not None and query.text and query.image is None else None
+            results.append(
+                [
+                    Result(
+                        id=int(hits.ids[n, group[0]]),
+                        item=item(int(hits.ids[n, group[0]])),
+                        score=float(hits.scores[n, group[0]]),
+                        probability=None if known is None else float(known[group[0]]),
+                        likely=None if known is None or not relevance else bool(known[group[0]] >= relevance.cut),
+                        duplicates=tuple(item(int(key)) for key in hits.ids[n, group[1:]]),
+                    )
+                    for group in row
+                ]
+            )
+        return results
+
+    def _reworded(self, targets: list[str], known: Mapping[str, Facts]) -> list[tuple[int, Item]]:
+        """Unchanged files whose caption or metadata is to be another."""
+        reworded = []
+        for key, item in self.gallery.items(self.gallery.ids_of(targets)):
+            facts = known[item.path]
+            if (item.caption, item.metadata) != (facts.caption, facts.metadata):
+                reworded.append((key, replace(item, caption=facts.caption, metadata=dict(facts.metadata))))
+        return reworded
 
     def close(self) -> None:
         """Close the gallery."""
@@ -141,6 +316,23 @@ class SearchEngine:
         self.close()
 
 
+def identity(name: Path, model: DualEncoder) -> dict[str, str]:
+    """What a gallery remembers of its model: where it was, and the checksum of its weights."""
+    return {"name": str(name.resolve()) if name.exists() else str(name), "checksum": model.fingerprint()}
+
+
+def load_model(gallery: Gallery) -> DualEncoder:
+    """The model named in a gallery.
+
+    Raises:
+        InputError: If it cannot be loaded.
+        GalleryError: If it is another one by now.
+    """
+    model = DualEncoder.from_pretrained(gallery.model["name"])
+    gallery.check_model(model.fingerprint())
+    return model
+
+
 def _batches(
     decoded: Iterator[tuple[Path, Image.Image]],
 ) -> Iterator[list[tuple[Path, Image.Image]]]:
@@ -148,13 +340,19 @@ def _batches(
         yield batch
 
 
-def _item(path: Path, caption: str | None) -> Item:
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _item(path: Path, facts: Facts) -> Item:
     content = path.read_bytes()
     status = path.stat()
     return Item(
         path=str(path.resolve()),
-        caption=caption,
+        caption=facts.caption,
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
         sha256=hashlib.sha256(content).hexdigest(),
+        metadata=dict(facts.metadata),
     )

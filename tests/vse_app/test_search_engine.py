@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
+from index.calibration import Calibration
 from index.errors import GalleryError
+from index.filters import Condition
 from index.gallery import Gallery
+from index.querybank import QueryBank
+from index.relevance import Relevance
 from training.data.text import WordTokenizer
 from training.errors import InputError
 from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from training.models.dual_encoder import DualEncoder
 from vse_app import search_engine
-from vse_app.search_engine import SearchEngine
+from vse_app.queries import Query
+from vse_app.search_engine import Facts, SearchEngine
 
 WORDS = ["disc", "red", "square"]
 
@@ -47,8 +53,9 @@ def test_results_are_those_of_a_full_sort(
 ) -> None:
     monkeypatch.setattr(search_engine, "BATCH", batch)
     with SearchEngine.open_or_create(tmp_path / "g", model) as engine:
-        assert engine.add(photos, {photos[2]: "a red disc"}).to_json() == {
+        assert engine.add(photos, {photos[2]: Facts("a red disc")}).to_json() == {
             "added": 7,
+            "reworded": 0,
             "unchanged": 0,
             "refused": [],
             "notes": [],
@@ -150,3 +157,123 @@ def test_an_order_model_is_searched_by_order_similarity(photos: list[Path], tmp_
         assert [hit.score for hit in hits] == pytest.approx(scores.sort(descending=True).values.tolist(), abs=1e-5)
     with Gallery.open(tmp_path / "g") as gallery:
         assert gallery.info()["metric"] == "order"
+
+
+@pytest.fixture
+def engine(model: Path, photos: list[Path], tmp_path: Path) -> Iterator[SearchEngine]:
+    facts = {path: Facts(None, {"number": n}) for n, path in enumerate(photos)}
+    with SearchEngine.open_or_create(tmp_path / "g", model) as engine:
+        engine.add(photos, facts)
+        yield engine
+
+
+def test_new_facts_are_kept_without_embedding_again(
+    engine: SearchEngine, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = engine.search_image(photos[0], 1)[0]
+    monkeypatch.setattr(engine.model, "encode_images", None)
+    report = engine.add(photos, {photos[0]: Facts("new", {"number": 10}), photos[1]: Facts(None, {"number": 1})})
+    assert (report.added, report.reworded, report.unchanged) == (0, 1, 6)
+    monkeypatch.undo()
+    after = engine.search_image(photos[0], 1)[0]
+    assert (after.item.caption, after.item.metadata) == ("new", {"number": 10})
+    assert after.score == pytest.approx(before.score)
+
+
+def test_a_dry_run_changes_nothing(engine: SearchEngine, photos: list[Path]) -> None:
+    state = engine.gallery.snapshot.manifest
+    Image.new("RGB", (20, 24), "red").save(photos[1])
+    report = engine.add(photos, {photos[0]: Facts("new")}, dry_run=True)
+    assert (report.added, report.reworded, report.unchanged) == (1, 1, 5)
+    assert engine.gallery.snapshot.manifest == state
+
+
+def test_conditions_leave_exactly_what_they_say(engine: SearchEngine, photos: list[Path]) -> None:
+    (found,) = engine.search([Query(text="red")], 5, where=[Condition.parse("number>=3"), Condition.parse("number<6")])
+    assert {result.item.path for result in found} == {str(path) for path in photos[3:6]}
+    assert engine.search([Query(text="red")], 5, where=[Condition.parse("number>9")]) == [[]]
+
+
+def test_more_like_this_leaves_itself_out(engine: SearchEngine, photos: list[Path]) -> None:
+    by_image = [result.item.path for result in engine.search_image(photos[2], 7)]
+    assert by_image[0] == str(photos[2])
+    key = int(engine.gallery.ids_of([str(photos[2])])[0])
+    for like in (str(photos[2]), key):
+        (found,) = engine.search([Query(like=like)], 7)
+        assert [result.item.path for result in found] == by_image[1:]
+    with pytest.raises(InputError, match=r"none\.png: is not in"):
+        engine.search([Query(like="none.png")])
+
+
+def test_many_queries_at_once_are_each_as_alone(engine: SearchEngine, photos: list[Path]) -> None:
+    vector = engine.gallery.vectors(engine.gallery.ids_of([str(photos[5])]))[0]
+    queries = [Query(text="red"), Query(image=photos[1]), Query(like=str(photos[3])), Query(vector=vector)]
+    queries.append(Query(text="disc", image=photos[1], weight=0.3))
+    together = engine.search(queries, 3)
+    for query, results in zip(queries, together, strict=True):
+        (alone,) = engine.search([query], 3)
+        assert [result.id for result in alone] == [result.id for result in results]
+
+
+def test_text_and_picture_meet_in_proportion_to_their_spread(engine: SearchEngine, photos: list[Path]) -> None:
+    ends = [engine.search_image(photos[1], 7), engine.search_text("disc", 7)]
+    for weight, expected in zip((0, 1), ends, strict=True):
+        (found,) = engine.search([Query(text="disc", image=photos[1], weight=weight)], 7)
+        assert [result.id for result in found] == [result.id for result in expected]
+    (found,) = engine.search([Query(text="disc", image=photos[1], weight=0.4)], 7)
+    by_id = [{result.id: result.score for result in of} for of in ends]
+    picture, text = (np.array([of[result.id] for result in found]) for of in by_id)
+    # All seven pictures are the background, so the combination is linear in both standardised scores.
+    combined = 0.6 * picture / picture.std() + 0.4 * text / text.std()
+    assert (np.diff(combined) <= 1e-5).all()
+
+
+def test_copies_are_shown_once_and_counted(engine: SearchEngine, photos: list[Path]) -> None:
+    copies = [photos[0].with_name(f"copy{n}.png") for n in range(3)]
+    for path in copies:
+        path.write_bytes(photos[4].read_bytes())
+    engine.add(copies)
+    (found,) = engine.search([Query(image=photos[4])], 7, collapse_at=0.99999)
+    assert len(found) == 7  # though ten pictures are there, seven look different
+    assert {found[0].item.path, *(item.path for item in found[0].duplicates)} == {str(photos[4]), *map(str, copies)}
+    assert not any(result.duplicates for result in found[1:])
+
+
+def test_probabilities_and_hubs_need_calibration(engine: SearchEngine) -> None:
+    assert engine.search_text("red")[0].probability is None
+    with pytest.raises(GalleryError, match="no query bank"):
+        engine.search([Query(text="red")], correct_hubs=True)
+
+
+def test_a_calibrated_gallery_marks_what_is_likely(engine: SearchEngine, photos: list[Path]) -> None:
+    random = np.random.default_rng(0)
+    images = random.standard_normal((200, 8)).astype(np.float32)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    captions = np.repeat(images, 2, axis=0) + 0.3 * random.standard_normal((400, 8)).astype(np.float32)
+    captions /= np.linalg.norm(captions, axis=1, keepdims=True)
+    background = engine.gallery.vectors(engine.gallery.snapshot.ids())
+    relevance = Relevance.fit(captions, images, np.arange(400) // 2, background)
+    engine.gallery.install_calibration(relevance.save)
+    results = engine.search_text("red disc", 7)
+    assert all(0 <= result.probability <= 1 for result in results if result.probability is not None)
+    probabilities = [result.probability for result in results]
+    assert probabilities == sorted(probabilities, reverse=True)  # type: ignore[type-var]
+    assert [result.likely for result in results] == [p >= relevance.cut for p in probabilities]  # type: ignore[operator]
+    assert engine.search_image(photos[0], 1)[0].probability is None
+    assert Relevance.load(engine.gallery.calibration_folder() or Path(), 8).calibration == relevance.calibration
+
+
+def test_hubs_are_pushed_back(engine: SearchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = engine.search_text("red disc", 7)
+    best = engine.gallery.vectors(np.array([plain[0].id]))
+    # A bank of nothing but the first result's own vector: it is the one that comes up for everything.
+    bank = QueryBank(np.repeat(best, 10, axis=0), beta=10.0)
+    relevance = Relevance(Calibration(1.0, 0.0, 0.5), engine.background, bank)
+    monkeypatch.setattr(SearchEngine, "relevance", relevance)
+    (corrected,) = engine.search([Query(text="red disc")], 7, correct_hubs=True)
+    hubness = bank.hubness(engine.gallery.vectors(np.array([result.id for result in plain])))
+    order = np.argsort(hubness - [result.score for result in plain])
+    assert [result.id for result in corrected] == [plain[n].id for n in order]
+    # The similarity is shown; only the order changes.
+    assert [result.score for result in corrected] == pytest.approx([plain[n].score for n in order])
+    assert corrected != plain
