@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from index import changes
 from index.approximate_index import ApproximateIndex
 from index.errors import GalleryError
-from index.files import locked
+from index.files import locked, sync
 from index.filters import Condition
 from index.items import JSON, Item
 from index.manifest import KINDS, NAME, Manifest, Part
@@ -61,7 +62,7 @@ class Gallery:
 
     Attributes:
         directory: Where.
-        snapshot: The state that is searched.
+        snapshot: The current state.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, writable: bool = False) -> None:
@@ -93,7 +94,7 @@ class Gallery:
         """
         directory = Path(directory)
         try:
-            empty = Manifest(dim, metric, dict(model))
+            empty = Manifest(dim, metric, dict(model), secrets.token_hex(8))
         except ValueError as error:
             raise GalleryError(f"{directory}: {error}") from error
         try:
@@ -104,6 +105,7 @@ class Gallery:
                 if taken := [kind for kind in KINDS if (directory / kind).exists()]:
                     raise GalleryError(f"{directory}: has {', '.join(taken)} of its own; choose another directory")
                 empty.write(directory)
+                sync(directory.parent)
         except OSError as error:
             raise GalleryError(f"{directory}: {error.strerror}; choose a directory that can be written") from error
         return cls(directory, writable=True)
@@ -111,7 +113,7 @@ class Gallery:
     @staticmethod
     def exists(directory: str | os.PathLike[str]) -> bool:
         """Whether there is a gallery in the directory, damaged or not."""
-        return (Path(directory) / NAME).exists()
+        return Path(directory, NAME).exists()
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, writable: bool = False) -> Self:
@@ -129,7 +131,7 @@ class Gallery:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __len__(self) -> int:
@@ -236,8 +238,6 @@ class Gallery:
         Args:
             write: Puts them into the folder that it is given.
 
-        Raises:
-            GalleryError: If the gallery is open for reading, or the disk is full.
         """
         with self._change():
             self._commit(changes.with_part(self.snapshot, "calibration", write))
@@ -275,7 +275,7 @@ class Gallery:
         return self.snapshot.vectors(ids)
 
     def items(self, ids: NDArray[np.int64] | None = None) -> Iterator[tuple[int, Item]]:
-        """Every id and its item, in the order they were added; or those of the given ids that are here."""
+        """Ids and items in order of id, all or those of ``ids`` that are here; until the gallery changes."""
         return self.snapshot.items(ids)
 
     def ids_of(self, paths: Sequence[str]) -> NDArray[np.int64]:
@@ -370,7 +370,7 @@ class Gallery:
         former, self.snapshot = self.snapshot, snapshot
         former.retire(snapshot)
         searcher, self._searcher = self._searcher, None  # forgotten if it cannot follow
-        if searcher:
+        if searcher and former.manifest.uid == snapshot.manifest.uid:
             searcher.follow(snapshot)
             self._searcher = searcher
 

@@ -77,6 +77,7 @@ class Manifest:
         dim: Dimensions of the vectors.
         metric: A key of :data:`index.vector_index.METRICS`.
         model: What the vectors come from: ``name`` and ``checksum``.
+        uid: Random, so that a gallery made anew in the place of another is known as another.
         items: Number of items.
         next_id: The id that the next item gets; no item ever had it.
         next_part: The number that the next directory or file gets.
@@ -88,6 +89,7 @@ class Manifest:
     dim: int
     metric: str
     model: Mapping[str, str]
+    uid: str
     items: int = 0
     next_id: int = 1
     next_part: int = 1
@@ -120,7 +122,7 @@ class Manifest:
         """As JSON with a checksum of its own; equal manifests give equal bytes."""
         body = {"format": FORMAT, **vars(self)}
         body["sha256"] = hashlib.sha256(json.dumps(body, default=vars).encode()).hexdigest()
-        return json.dumps(body, default=vars, indent=1).encode()
+        return json.dumps(body, default=vars).encode()
 
     @staticmethod
     def stamp(directory: Path) -> tuple[int, ...] | None:
@@ -192,6 +194,7 @@ class Manifest:
             _count(stored["dim"]),
             _text(stored["metric"]),
             {_text(key): _text(value) for key, value in stored["model"].items()},
+            _text(stored["uid"]),
             _count(stored["items"]),
             _count(stored["next_id"]),
             _count(stored["next_part"]),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from index.calibration import Calibration, Quality, calibrate, halves, z_scores
 from index.errors import GalleryError
 from index.querybank import QueryBank, choose_beta
-from index.segment import map_array
+from index.segment import map_array, save_array
 
 CALIBRATION, BACKGROUND, BANK = "calibration.json", "background.npy", "querybank.npy"
 BACKGROUND_SIZE, BANK_SIZE = 1000, 5000
@@ -82,9 +82,9 @@ class Relevance:
         """Write the files that :meth:`load` reads."""
         record = {**self.calibration.to_json(), "beta": self.bank.beta if self.bank else None}
         (folder / CALIBRATION).write_text(json.dumps(record, indent=1))
-        np.save(folder / BACKGROUND, self.background, allow_pickle=False)
+        save_array(folder / BACKGROUND, self.background)
         if self.bank:
-            np.save(folder / BANK, self.bank.vectors, allow_pickle=False)
+            save_array(folder / BANK, self.bank.vectors)
 
     @classmethod
     def load(cls, folder: Path, dim: int) -> Self:

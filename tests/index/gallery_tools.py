@@ -94,7 +94,7 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """As the gallery writes it, so that its own checksum is right."""
     content = {key: value for key, value in content.items() if key != "sha256"}
     content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    (directory / "gallery.json").write_bytes(json.dumps(content, indent=1).encode())
+    (directory / "gallery.json").write_bytes(json.dumps(content).encode())
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
