@@ -269,7 +269,7 @@ def _import(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
     print(
         f"{args.gallery}: {_would(args)}{report.added} added ({report.normalised} scaled to length 1), "
-        f"{len(report.skipped)} skipped; {total} items"
+        f"{report.skipped_rows} skipped; {total} items"
     )
 
 

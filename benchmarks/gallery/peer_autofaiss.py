@@ -13,6 +13,7 @@ import json
 import subprocess
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -161,9 +162,16 @@ def main() -> None:
     parser.add_argument("--autofaiss-python", required=True, metavar="PATH")
     parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--flickr8k", nargs=3, metavar=("RUN", "DATA", "CACHE"), help="instead of made vectors")
-    parser.add_argument("--ours", nargs=2, action="append", default=[], metavar=("FILE", "PARAMETERS"))
+    parser.add_argument(
+        "--ours",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FILE", "PARAMETERS"),
+        help="an index of these vectors",
+    )
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))
-    parser.add_argument("--keep", type=Path, help="folder for autofaiss' indexes; those already there are used")
+    parser.add_argument("--keep", type=Path, help="folder for autofaiss' indexes; those of the same vectors are used")
     args = parser.parse_args()
     if args.flickr8k:
         run, data, cache = args.flickr8k
@@ -180,7 +188,7 @@ def main() -> None:
         np.save(folder / "gallery.npy", gallery)
         for name in args.tiers:
             memory, milliseconds = TIERS[name]
-            out = keep / f"{memory}-{milliseconds}.faiss"
+            out = keep / f"{zlib.crc32(gallery):08x}-{memory}-{milliseconds}.faiss"
             if not out.with_name(out.name + ".json").exists():
                 build(args.autofaiss_python, folder, out, memory * gallery.nbytes, milliseconds)
             infos = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.gallery.tuned_search shifted --json docs/gallery_results/shifted.json
     OMP_NUM_THREADS=1 python -m benchmarks.gallery.tuned_search flickr8k --run RUN --data DATA --cache FILE.npz
 
-The queries that judge are captions that tuning has not seen. Times of alternatives are interleaved.
+The queries that judge are captions that tuning has not seen. Times of alternatives are interleaved, in one process and
+on one thread; with --autofaiss-python, what autofaiss chooses for the same vectors is among them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gallery import peer_autofaiss
+from benchmarks.gallery.peer_autofaiss import recall
 from benchmarks.gallery.vectors import flickr8k, replicated, shifted
 from benchmarks.timing import compare
 from index.approximate_index import ApproximateIndex
@@ -28,6 +32,7 @@ from index.items import Item
 from index.tuning import tune
 
 K, ADDED, BATCH = 10, 10_000, 16_384
+PEERS = ("autofaiss, 10 ms", "autofaiss, 0.35 x bytes")
 TIERS: dict[str, tuple[float, float | None]] = {"speed": (0.98, None), "memory": (0.97, 0.35)}
 
 Rows = NDArray[np.float32]
@@ -35,10 +40,6 @@ Rows = NDArray[np.float32]
 
 def exact_neighbours(gallery: Rows, queries: Rows) -> NDArray[np.int64]:
     return np.asarray(faiss.knn(queries, gallery, K, metric=faiss.METRIC_INNER_PRODUCT)[1], np.int64)
-
-
-def recall(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
-    return float((found[:, :, None] == truth[:, None, :]).any(axis=1).mean())
 
 
 def add(gallery: Gallery, vectors: Rows, first: int) -> float:
@@ -67,8 +68,8 @@ def rebuild(vectors: Rows, tuned: ApproximateIndex, factory: str) -> float:
         return time.perf_counter() - begin
 
 
-def judge(gallery: Gallery, vectors: Rows, queries: Rows) -> dict[str, Any]:
-    """Recall, and interleaved times: batch and single, ours and bare FAISS with the same index, and Flat."""
+def judge(gallery: Gallery, vectors: Rows, queries: Rows, peers: dict[str, Any]) -> dict[str, Any]:
+    """Recall, and interleaved times: batch and single, ours and bare FAISS with the same index, Flat, and peers."""
     index = gallery._searching().index
     assert isinstance(index, ApproximateIndex)
     flat = faiss.IndexFlatIP(vectors.shape[1])
@@ -88,6 +89,7 @@ def judge(gallery: Gallery, vectors: Rows, queries: Rows) -> dict[str, Any]:
             "nearest": lambda: gallery.nearest(queries, K),
             "search, with items": lambda: gallery.search(queries, K),
             "flat": lambda: flat.search(queries, K),
+            **{name: partial(peer.search, queries, K) for name, peer in peers.items()},
         },
         repeats=5,
     )
@@ -97,11 +99,15 @@ def judge(gallery: Gallery, vectors: Rows, queries: Rows) -> dict[str, Any]:
             "nearest": lambda: [gallery.nearest(one(), K) for _ in range(200)],
             "search, with items": lambda: [gallery.search(one(), K) for _ in range(200)],
             "flat": lambda: [flat.search(one(), K) for _ in range(20)],
+            **{
+                name: partial(lambda peer: [peer.search(one(), K) for _ in range(200)], p) for name, p in peers.items()
+            },
         },
         repeats=5,
     )
     return {
         "recall": recall(found, truth),
+        "peer_recall": {name: recall(peer.search(queries, K)[1], truth) for name, peer in peers.items()},
         "speedup_over_flat": batch["flat"]["min"] / batch["nearest"]["min"],
         "batch": batch,
         "alone_ms": {name: of["min"] / (20 if name == "flat" else 200) * 1e3 for name, of in alone.items()},
@@ -121,11 +127,24 @@ def filtered(gallery: Gallery, vectors: Rows, queries: Rows) -> dict[str, Any]:
     }
 
 
-def run(vectors: Rows, queries: Rows) -> dict[str, Any]:
+def run(vectors: Rows, queries: Rows, autofaiss: str | None) -> dict[str, Any]:
     """Tune with two thirds of the queries for each tier, judge with the last third."""
     held_out, seen = queries[:1000], queries[1000:]
     report: dict[str, Any] = {"items": len(vectors), "dim": vectors.shape[1], "threads": faiss.omp_get_max_threads()}
     with tempfile.TemporaryDirectory() as folder:
+        peers = {}
+        if autofaiss:
+            report["autofaiss"] = {}
+            (Path(folder) / "vectors").mkdir()
+            np.save(Path(folder) / "vectors" / "gallery.npy", vectors)
+            for name in PEERS:
+                share, milliseconds = peer_autofaiss.TIERS[name]
+                out = Path(folder) / f"{share}.faiss"
+                report["autofaiss"][name] = peer_autofaiss.build(
+                    autofaiss, Path(folder) / "vectors", out, share * vectors.nbytes, milliseconds
+                )
+                peers[name] = peer_autofaiss.read(out)
+                print(json.dumps(report["autofaiss"][name], indent=1), flush=True)
         with Gallery.create(Path(folder) / "g", dim=vectors.shape[1], metric="cosine", model={}) as gallery:
             report["add_seconds"] = add(gallery, vectors, 0)
             for tier, (target, share) in TIERS.items():
@@ -133,7 +152,10 @@ def run(vectors: Rows, queries: Rows) -> dict[str, Any]:
                 begin = time.perf_counter()
                 tuning = tune(gallery, seen, source="captions", target_recall=target, memory=memory)
                 of = {"chosen": str(tuning.chosen), "target": target, "tuning_seconds": time.perf_counter() - begin}
-                of |= {"bytes_over_flat": tuning.chosen.bytes / vectors.nbytes, **judge(gallery, vectors, held_out)}
+                of |= {
+                    "bytes_over_flat": tuning.chosen.bytes / vectors.nbytes,
+                    **judge(gallery, vectors, held_out, peers),
+                }
                 of["points"] = tuning.to_json("captions")["points"]
                 report[tier] = of
                 print(json.dumps({key: value for key, value in of.items() if key != "points"}, indent=1), flush=True)
@@ -158,13 +180,15 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="of flickr8k: the model")
     parser.add_argument("--data", help="of flickr8k: KIND:PATH")
     parser.add_argument("--cache", type=Path, help="of flickr8k: keeps the embeddings, .npz")
+    parser.add_argument("--autofaiss-python", metavar="PATH", help="interpreter that has autofaiss, to compare with")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     if args.vectors == "shifted":
         vectors, queries = shifted(args.count, 512, 3000, 0)
     else:
         vectors, queries = replicated(*flickr8k(args.run, args.data, args.cache), args.count, 1.0, 0)
-    report = {"vectors": args.vectors, **run(vectors, queries[:3000])}
+        queries = queries[np.random.default_rng(0).permutation(len(queries))]
+    report = {"vectors": args.vectors, **run(vectors, queries[:3000], args.autofaiss_python)}
     print(json.dumps({key: value for key, value in report.items() if key not in TIERS}, indent=1))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
