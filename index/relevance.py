@@ -116,5 +116,8 @@ class Relevance:
 
 
 def _vectors(path: Path, dim: int) -> NDArray[np.float32]:
-    rows = (path.stat().st_size - 128) // (4 * dim)
+    try:
+        rows = (path.stat().st_size - 128) // (4 * dim)  # numpy's header has 128 bytes
+    except OSError as error:
+        raise GalleryError(f"{path}: {error.strerror}; run vse index tune to make it again") from error
     return np.array(map_array(path, np.float32, (rows, dim)))
