@@ -217,7 +217,7 @@ class Gallery:
             self._commit(changes.compacted(self.snapshot))
             part = self.snapshot.manifest.index
             if part and isinstance(index := self._searching().index, ApproximateIndex) and index.removed:
-                self._refill(part)
+                self._rewrite(part)
 
     def install_index(self, index: ApproximateIndex | None, curve: JSON) -> None:
         """Search by this index from now on, or compare with every vector if it is None.
@@ -387,13 +387,13 @@ class Gallery:
 
     def _refill_if_behind(self) -> None:
         """Write the tuned index again if opening the gallery would have to add or pass over too many."""
-        part = self.snapshot.manifest.index
-        if part and index_lag(self.snapshot) > max(REFILL_AT[0], REFILL_AT[1] * len(self)):
-            self._refill(part)
+        part, most = self.snapshot.manifest.index, max(REFILL_AT[0], REFILL_AT[1] * len(self))
+        if part and index_lag(self.snapshot) > most:
+            self._rewrite(part, most)
 
-    def _refill(self, part: Part) -> None:
+    def _rewrite(self, part: Part, most_removed: float = 0) -> None:
         index = self._searching().index
         assert isinstance(index, ApproximateIndex)
-        if index.removed:
+        if index.removed > most_removed:
             index.refill(len(self), self.snapshot.blocks)
         self._commit_index(index, (self.directory / part.name / CURVE).read_bytes())

@@ -24,7 +24,7 @@ EXACT_UP_TO = 20_000
 """So many vectors are searched exhaustively in a few milliseconds, and exactly."""
 FEWEST_ITEMS = 1000
 """Fewer than this train nothing, and take no memory to speak of."""
-COMPARE_ON = 250_000
+COMPARE_ON = 100_000
 """Types are compared on so many vectors of a larger gallery; the chosen one is then measured on all."""
 TRAIN_PER_LIST = 64
 FEWEST_QUERIES = 50
@@ -206,6 +206,7 @@ class _Tuner:
         self.progress = progress
         self.dim, self.ids = snapshot.manifest.dim, snapshot.ids()
         self.points: list[OperatingPoint] = []
+        self._slowest = 0.0
 
     def run(self) -> tuple[ApproximateIndex | None, Tuning]:
         """Compare on a sample if the gallery is large, then build and measure the winner on everything."""
@@ -237,6 +238,7 @@ class _Tuner:
     def _best(self, ids: NDArray[np.int64], places: Iterable[int], best: _Choice | None) -> _Choice | None:
         """The fastest that reaches the target on these ids, or the given one if that is faster still."""
         judge = _Judge(self.queries, self._truth(ids))
+        self._slowest = self.points[0].queries_per_second
         centroids: dict[int, NDArray[np.float32]] = {}
         for place in places:
             factory, row_bytes, grid = candidates(len(ids), self.dim)[place]
@@ -247,12 +249,11 @@ class _Tuner:
             for point in self._sweep(factory, index, size, grid, judge.choosing()):
                 self.points.append(point)
                 sure = point.recall - 2 * point.error >= self.target or point.recall == 1
-                if (
-                    sure
-                    and self._fits(size)
-                    and (not best or point.queries_per_second > best.point.queries_per_second)
-                ):
+                faster = best is None or point.queries_per_second > best.point.queries_per_second
+                if sure and faster and self._fits(size):
                     best = _Choice(point, index, place, 0)
+                    # What follows is slower than what came before, so past half this speed nothing can win any more.
+                    self._slowest = point.queries_per_second / 2
         if best and best.index:
             best.index.parameters = best.point.parameters
             best = replace(best, held_out_recall=float(judge.held_out().recalls(best.index).mean()))
@@ -262,7 +263,6 @@ class _Tuner:
         self, factory: str, index: ApproximateIndex, size: int, grid: Sequence[dict[str, int]], judge: _Judge
     ) -> Iterator[OperatingPoint]:
         """Measure the parameters from fast to sure, as long as there is something to gain."""
-        slowest = self.points[0].queries_per_second
         for _, group in groupby(grid, lambda parameters: parameters.get("k_factor")):
             before = -1.0
             for parameters in group:
@@ -272,7 +272,7 @@ class _Tuner:
                 recall, error = float(recalls.mean()), float(recalls.std() / math.sqrt(len(recalls)))
                 yield OperatingPoint(factory, parameters, recall, error, rate, alone, size)
                 stuck = recall < self.target and recall - before < 1e-3 and before > 0.5
-                if rate < slowest or stuck or recall - 2 * error > (1 + self.target) / 2:
+                if rate < self._slowest or stuck or recall - 2 * error > (1 + self.target) / 2:
                     break
                 before = recall
 

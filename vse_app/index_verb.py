@@ -79,6 +79,7 @@ def _bytes(text: str) -> int:
 
 
 def _add(args: argparse.Namespace) -> None:
+    from index.tuning import EXACT_UP_TO
     from training.data.images import find_images
     from vse_app.facts import read_facts
     from vse_app.search_engine import SearchEngine
@@ -91,6 +92,7 @@ def _add(args: argparse.Namespace) -> None:
     with SearchEngine.open_or_create(args.gallery, args.model) as engine:
         report = engine.add(files, facts, dry_run=args.dry_run)
         total = len(engine.gallery)
+        slow = engine.gallery.metric == "cosine" and total > EXACT_UP_TO and not engine.gallery.curve()
     if args.json:
         print_json({**report.to_json(), "items": total})
         return
@@ -99,6 +101,8 @@ def _add(args: argparse.Namespace) -> None:
     counts = f"{report.added} added, {report.reworded} reworded, {report.unchanged} unchanged"
     refused = len(report.quarantine.refused)
     print(f"{args.gallery}: {_would(args)}{counts}, {refused} refused; {total} pictures")
+    if slow:
+        print(f"vse index {args.gallery} tune would make searching so many faster", file=sys.stderr)
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -144,6 +148,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
+    from index.errors import GalleryError
     from index.gallery import Gallery
     from index.relevance import Relevance
     from index.tuning import tune
@@ -165,8 +170,11 @@ def _tune(args: argparse.Namespace) -> None:
                 progress=progress,
             )
         if held_out.images is not None and held_out.owner is not None:
-            relevance = Relevance.fit(held_out.queries, held_out.images, held_out.owner, _background(gallery))
-            if not args.dry_run:
+            try:
+                relevance = Relevance.fit(held_out.queries, held_out.images, held_out.owner, _background(gallery))
+            except GalleryError as error:  # too few captions, say; searching is tuned all the same
+                print(f"no probabilities: {error}", file=sys.stderr)
+            if relevance and not args.dry_run:
                 gallery.install_calibration(relevance.save)
     quality = relevance.quality if relevance else None
     if args.json:

@@ -76,6 +76,8 @@ def embed(
         if query.like is not None:
             vectors[n] = gallery.vectors(np.array([item_id(gallery, query.like)]))[0]
         elif query.vector is not None:
+            if np.shape(query.vector) != (gallery.dim,):
+                raise InputError(f"search: a vector of shape {np.shape(query.vector)}; give ({gallery.dim},)")
             vectors[n] = query.vector
     if images:
         seen = model().encode_images([decode(i) if isinstance(i, Path) else i for i in images.values()]).numpy()

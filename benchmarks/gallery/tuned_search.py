@@ -32,7 +32,7 @@ from index.items import Item
 from index.tuning import tune
 
 K, ADDED, BATCH = 10, 10_000, 16_384
-PEERS = ("autofaiss, 10 ms", "autofaiss, 0.35 x bytes")
+PEERS = ("autofaiss, 10 ms",)  # its defaults
 TIERS: dict[str, tuple[float, float | None]] = {"speed": (0.98, None), "memory": (0.97, 0.35)}
 
 Rows = NDArray[np.float32]
@@ -127,7 +127,7 @@ def filtered(gallery: Gallery, vectors: Rows, queries: Rows) -> dict[str, Any]:
     }
 
 
-def run(vectors: Rows, queries: Rows, autofaiss: str | None) -> dict[str, Any]:
+def run(vectors: Rows, queries: Rows, autofaiss: str | None, keep: Path | None) -> dict[str, Any]:
     """Tune with two thirds of the queries for each tier, judge with the last third."""
     held_out, seen = queries[:1000], queries[1000:]
     report: dict[str, Any] = {"items": len(vectors), "dim": vectors.shape[1], "threads": faiss.omp_get_max_threads()}
@@ -139,10 +139,13 @@ def run(vectors: Rows, queries: Rows, autofaiss: str | None) -> dict[str, Any]:
             np.save(Path(folder) / "vectors" / "gallery.npy", vectors)
             for name in PEERS:
                 share, milliseconds = peer_autofaiss.TIERS[name]
-                out = Path(folder) / f"{share}.faiss"
-                report["autofaiss"][name] = peer_autofaiss.build(
-                    autofaiss, Path(folder) / "vectors", out, share * vectors.nbytes, milliseconds
-                )
+                out = (keep or Path(folder)) / f"{share}.faiss"
+                infos = out.with_name(f"{out.name}.json")
+                if not infos.exists():
+                    peer_autofaiss.build(
+                        autofaiss, Path(folder) / "vectors", out, share * vectors.nbytes, milliseconds
+                    )
+                report["autofaiss"][name] = json.loads(infos.read_bytes())
                 peers[name] = peer_autofaiss.read(out)
                 print(json.dumps(report["autofaiss"][name], indent=1), flush=True)
         with Gallery.create(Path(folder) / "g", dim=vectors.shape[1], metric="cosine", model={}) as gallery:
@@ -181,6 +184,7 @@ def main() -> None:
     parser.add_argument("--data", help="of flickr8k: KIND:PATH")
     parser.add_argument("--cache", type=Path, help="of flickr8k: keeps the embeddings, .npz")
     parser.add_argument("--autofaiss-python", metavar="PATH", help="interpreter that has autofaiss, to compare with")
+    parser.add_argument("--keep", type=Path, help="folder with autofaiss' indexes of these vectors, if they are there")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     if args.vectors == "shifted":
@@ -188,7 +192,7 @@ def main() -> None:
     else:
         vectors, queries = replicated(*flickr8k(args.run, args.data, args.cache), args.count, 1.0, 0)
         queries = queries[np.random.default_rng(0).permutation(len(queries))]
-    report = {"vectors": args.vectors, **run(vectors, queries[:3000], args.autofaiss_python)}
+    report = {"vectors": args.vectors, **run(vectors, queries[:3000], args.autofaiss_python, args.keep)}
     print(json.dumps({key: value for key, value in report.items() if key not in TIERS}, indent=1))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -203,6 +203,8 @@ def test_more_like_this_leaves_itself_out(engine: SearchEngine, photos: list[Pat
         assert [result.item.path for result in found] == by_image[1:]
     with pytest.raises(InputError, match=r"none\.png: is not in"):
         engine.search([Query(like="none.png")])
+    with pytest.raises(InputError, match=r"shape \(3,\); give \(8,\)"):
+        engine.search([Query(vector=np.ones(3, np.float32))])
 
 
 def test_many_queries_at_once_are_each_as_alone(engine: SearchEngine, photos: list[Path]) -> None:
