@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,10 +85,14 @@ class Snapshot:
             segment.close()
 
     def retire(self, successor: Snapshot) -> None:
-        """Release the files that were not lent to a successor."""
-        for segment in self.segments:
-            if not any(segment is kept for kept in successor.segments):
-                segment.close()
+        """Release the files that were not lent to a successor, in a thread: who closes a deleted file last has to
+        wait until the disk has freed it."""
+        kept = set(map(id, successor.segments))
+        gone = Snapshot(
+            self.directory, self.manifest, [segment for segment in self.segments if id(segment) not in kept]
+        )
+        if gone.segments:
+            Thread(target=gone.close, name="closing").start()
 
     def ids(self) -> NDArray[np.int64]:
         """Ids of all items, int64 ``(N,)``, ascending."""

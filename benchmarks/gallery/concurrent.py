@@ -27,6 +27,8 @@ from index.items import Item
 from index.tuning import tune
 
 DIM, BATCH, K = 256, 64, 10
+REFRESH = 1.0
+"""Seconds after which a reader looks for a later state."""
 
 
 def vectors_of(paths: list[str]) -> NDArray[np.float32]:
@@ -52,23 +54,27 @@ def build(directory: Path, items: int, tuned: bool) -> None:
 
 
 def search(directory: Path, seed: int, rate: float, stop: Event, answers: Any) -> None:
-    """Search at a steady rate, refreshing each time, until told to stop."""
+    """Answer queries that come at random times, and between them go on to the current state once a second.
+
+    Latency counts from when a query comes, so waiting for a refresh or for the query before is part of it.
+    """
     random = np.random.default_rng(seed)
     spent: list[float] = []
     refreshed: list[float] = []
     checked = states = 0
     with Gallery.open(directory) as gallery:
         gallery.search(vectors_of(["warm"]), K)
+        coming = looked = time.perf_counter()
         while not stop.is_set():
+            coming += random.exponential(1 / rate)
             query = vectors_of([f"query {random.integers(1 << 40)}"])
-            begin = time.perf_counter()
-            another = gallery.refresh()
-            between = time.perf_counter()
+            time.sleep(max(0.0, coming - time.perf_counter()))
             (hits,) = gallery.search(query, K)
-            spent.append(time.perf_counter() - begin)
-            if another:
-                refreshed.append(between - begin)
-                states += 1
+            spent.append(time.perf_counter() - coming)
+            if time.perf_counter() - looked > REFRESH:
+                looked = time.perf_counter()
+                states += gallery.refresh()
+                refreshed.append(time.perf_counter() - looked)
             truth = vectors_of([hit.item.path for hit in hits]) @ query[0]
             assert len({hit.id for hit in hits}) == K, "a result is missing or double"
             assert np.allclose(truth, [hit.score for hit in hits], atol=2e-2), "a score is not its item's"
@@ -77,13 +83,13 @@ def search(directory: Path, seed: int, rate: float, stop: Event, answers: Any) -
                 batch = int(random.choice([hit.item.path.split("/")[0] for hit in hits]))
                 found = gallery.ids_where([Condition("batch", "=", batch)])
                 assert len(found) == BATCH, f"batch {batch} is there by half"
-            time.sleep(random.exponential(1 / rate))
+                coming = max(coming, time.perf_counter())  # the check is ours, not a user's
     answers.put({"seconds": spent, "refresh": refreshed, "checked": checked, "states": states})
 
 
-def write(directory: Path, first: int, stop: Event, answers: Any) -> None:
-    """Add a batch, remove an old one, replace one in its place, again and again."""
-    changes, oldest, newest = 0, 0, first
+def write(directory: Path, first: int, pace: float, stop: Event, answers: Any) -> None:
+    """Add a batch, remove an old one, replace one in its place, again and again, so many changes a second at most."""
+    changes, oldest, newest, begin = 0, 0, first, time.perf_counter()
     with Gallery.open(directory, writable=True) as gallery:
         while not stop.is_set():
             added = items_of(newest)
@@ -91,12 +97,13 @@ def write(directory: Path, first: int, stop: Event, answers: Any) -> None:
             gallery.remove(gallery.ids_where([Condition("batch", "=", oldest)]).tolist())
             gallery.add(added, vectors_of([item.path for item in added]))  # the same paths: replaces them
             changes, oldest, newest = changes + 3, oldest + 1, newest + 1
+            time.sleep(max(0.0, begin + changes / pace - time.perf_counter()))
             if changes % 300 == 0:
                 gallery.compact()
     answers.put({"changes": changes})
 
 
-def run(seconds: float, items: int, rate: float, tuned: bool) -> dict[str, Any]:
+def run(seconds: float, items: int, rate: float, pace: float, tuned: bool) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "gallery"
@@ -106,7 +113,7 @@ def run(seconds: float, items: int, rate: float, tuned: bool) -> dict[str, Any]:
             stop, answers = context.Event(), context.Queue()
             workers = [context.Process(target=search, args=(directory, seed, rate, stop, answers)) for seed in (1, 2)]
             if phase == "busy":
-                workers.append(context.Process(target=write, args=(directory, items // BATCH, stop, answers)))
+                workers.append(context.Process(target=write, args=(directory, items // BATCH, pace, stop, answers)))
             for worker in workers:
                 worker.start()
             time.sleep(seconds if phase == "busy" else max(seconds / 3, 5))
@@ -123,11 +130,12 @@ def run(seconds: float, items: int, rate: float, tuned: bool) -> dict[str, Any]:
                 "p99_ms": float(np.percentile(spent, 99)),
                 "max_ms": float(spent.max()),
                 "refresh_p50_ms": float(np.median(refresh)) if len(refresh) else None,
+                "refresh_max_ms": float(refresh.max()) if len(refresh) else None,
                 "states_seen": sum(of.get("states", 0) for of in found),
                 "results_checked": sum(of.get("checked", 0) for of in found),
                 "changes": sum(of.get("changes", 0) for of in found),
             }
-    return {"items": items, "dim": DIM, "tuned": tuned, "rate": rate, "seconds": seconds, **phases}
+    return {"items": items, "dim": DIM, "tuned": tuned, "rate": rate, "pace": pace, "seconds": seconds, **phases}
 
 
 def main() -> None:
@@ -135,9 +143,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--items", type=int, default=32_768)
     parser.add_argument("--rate", type=float, default=20, help="searches per second and process")
+    parser.add_argument("--pace", type=float, default=3, help="changes of 64 items per second at most")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
-    results = [run(args.seconds, args.items, args.rate, tuned) for tuned in (False, True)]
+    results = [run(args.seconds, args.items, args.rate, args.pace, tuned) for tuned in (False, True)]
     print(f"{'':8}{'phase':8}{'searches':>9}{'p50 ms':>9}{'p99 ms':>9}{'states':>8}{'changes':>9}")
     for result in results:
         for phase in ("idle", "busy"):

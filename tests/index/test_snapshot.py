@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def test_refreshing_reads_only_what_changed(writer: Gallery, monkeypatch: pytest
             True,
             True,
         ]
+        for thread in threading.enumerate():
+            if thread.name == "closing":
+                thread.join()
         with pytest.raises(ValueError, match="closed"):
             kept[1]._file.fileno()
         writer.compact()

@@ -153,6 +153,22 @@ def test_tune_verify_compact_past_the_exact_size(
     assert program.status == 1
 
 
+def test_captions_of_the_gallery_itself_tune_it_if_nothing_is_named(program: Program, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    random = np.random.default_rng(1)
+    facts = []
+    for n in range(120):
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+        facts.append(json.dumps({"image": f"{n}.png", "caption": f"red disc {n % 7} square"}))
+    (folder / "facts.jsonl").write_text("\n".join(facts))
+    program.index("add", folder, "--facts", folder / "facts.jsonl")
+    report = program.index("tune", "-k", 5)
+    # An untrained model may tell no captions apart: then there are no probabilities, but searching is tuned.
+    assert program.status == 0
+    assert (report["chosen"], report["queries_from"]) == ("exact", "120 captions of the gallery")
+
+
 def test_vectors_come_and_go_as_files(program: Program, tmp_path: Path) -> None:
     assert program.index("export", tmp_path / "out")["items"] == 8
     other = Program(program.capsys, tmp_path / "other")
