@@ -318,10 +318,13 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar that begins anew with each stage."""
     from tqdm import tqdm
 
-    with tqdm(unit="vector", unit_scale=True, delay=1, leave=False) as bar:
+    with tqdm(unit="vector", unit_scale=True, leave=False, disable=None) as bar:  # no bar in a pipe
+        shown = ""
 
         def progress(stage: str, done: int, total: int) -> None:
-            if stage != bar.desc.removesuffix(": "):
+            nonlocal shown
+            if stage != shown:
+                shown = stage
                 bar.reset(total)
                 bar.set_description(stage)
             bar.update(done - bar.n)
