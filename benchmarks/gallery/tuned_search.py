@@ -146,6 +146,7 @@ def run(vectors: Rows, queries: Rows, autofaiss: str | None, keep: Path | None) 
                         autofaiss, Path(folder) / "vectors", out, share * vectors.nbytes, milliseconds
                     )
                 report["autofaiss"][name] = json.loads(infos.read_bytes())
+                del report["autofaiss"][name]["index_path"]
                 peers[name] = peer_autofaiss.read(out)
                 print(json.dumps(report["autofaiss"][name], indent=1), flush=True)
         with Gallery.create(Path(folder) / "g", dim=vectors.shape[1], metric="cosine", model={}) as gallery:
