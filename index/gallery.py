@@ -365,6 +365,7 @@ class Gallery:
             raise
         changes.delete_former(self.directory, former, state)
         self._go_on(snapshot)
+        self._stamp = Manifest.stamp(self.directory)  # no other writer can have come in between
 
     def _go_on(self, snapshot: Snapshot) -> None:
         former, self.snapshot = self.snapshot, snapshot

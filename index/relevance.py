@@ -14,6 +14,7 @@ from index.calibration import Calibration, Quality, calibrate, halves, z_scores
 from index.errors import GalleryError
 from index.querybank import QueryBank, choose_beta
 from index.segment import map_array, save_array
+from index.snapshot import Snapshot
 
 CALIBRATION, BACKGROUND, BANK = "calibration.json", "background.npy", "querybank.npy"
 BACKGROUND_SIZE, BANK_SIZE = 1000, 5000
@@ -113,6 +114,12 @@ class Relevance:
     def quality(self) -> Quality | None:
         """What to expect of the cut."""
         return self.calibration.quality
+
+
+def sample(snapshot: Snapshot) -> NDArray[np.float32]:
+    """At most 1,000 vectors of a gallery, drawn evenly and each time the same, float32 ``(B, D)``."""
+    chosen = np.random.default_rng(0).permutation(snapshot.ids())[:BACKGROUND_SIZE]
+    return snapshot.vectors(np.sort(chosen))
 
 
 def _vectors(path: Path, dim: int) -> NDArray[np.float32]:

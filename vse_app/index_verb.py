@@ -8,11 +8,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from index.gallery import Gallery
+    pass
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -79,6 +79,7 @@ def _bytes(text: str) -> int:
 
 
 def _add(args: argparse.Namespace) -> None:
+    from index.gallery import Gallery
     from index.tuning import EXACT_UP_TO
     from training.data.images import find_images
     from vse_app.facts import read_facts
@@ -86,7 +87,7 @@ def _add(args: argparse.Namespace) -> None:
 
     files = find_images(args.paths)  # a wrong path is refused before a gallery is made
     facts = read_facts(args.facts) if args.facts else {}
-    if args.dry_run and not (args.gallery / "gallery.json").exists():
+    if args.dry_run and not Gallery.exists(args.gallery):
         print(f"{args.gallery}: would be made, with {len(files)} pictures")
         return
     with SearchEngine.open_or_create(args.gallery, args.model) as engine:
@@ -119,12 +120,11 @@ def _remove(args: argparse.Namespace) -> None:
         if args.paths:
             targets = [str(path.resolve()) for path in args.paths]
             below = tuple(f"{target.rstrip('/')}/" for target in targets)
-            named = {key: path for key, path in gallery.snapshot.paths() if path in targets or path.startswith(below)}
+            given = set(targets)
+            named = {key: path for key, path in gallery.snapshot.paths() if path in given or path.startswith(below)}
             chosen &= named.keys()
-            absent = sum(
-                not any(path == target or path.startswith(f"{target}/") for path in named.values())
-                for target in targets
-            )
+            there = {str(folder) for path in named.values() for folder in (path, *PurePath(path).parents)}
+            absent = sum(target not in there for target in targets)
         if args.missing:
             chosen &= {key for key, path in gallery.snapshot.paths() if not Path(path).exists()}
         if not args.dry_run:
@@ -150,7 +150,7 @@ def _info(args: argparse.Namespace) -> None:
 def _tune(args: argparse.Namespace) -> None:
     from index.errors import GalleryError
     from index.gallery import Gallery
-    from index.relevance import Relevance
+    from index.relevance import Relevance, sample
     from index.tuning import tune
     from vse_app.search_engine import load_model
     from vse_app.tuning_queries import read_queries
@@ -171,7 +171,7 @@ def _tune(args: argparse.Namespace) -> None:
             )
         if held_out.images is not None and held_out.owner is not None:
             try:
-                relevance = Relevance.fit(held_out.queries, held_out.images, held_out.owner, _background(gallery))
+                relevance = Relevance.fit(held_out.queries, held_out.images, held_out.owner, sample(gallery.snapshot))
             except GalleryError as error:  # too few captions, say; searching is tuned all the same
                 print(f"no probabilities: {error}", file=sys.stderr)
             if relevance and not args.dry_run:
@@ -302,15 +302,6 @@ def _identity(model: Path) -> dict[str, str]:
     from vse_app.search_engine import identity
 
     return identity(model, DualEncoder.from_pretrained(model))
-
-
-def _background(gallery: Gallery) -> Any:
-    import numpy as np
-
-    from index.relevance import BACKGROUND_SIZE
-
-    ids = gallery.snapshot.ids()
-    return gallery.vectors(np.sort(np.random.default_rng(0).permutation(ids)[:BACKGROUND_SIZE]))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from index.items import JSON, Item
 from index.manifest import Part
 from index.near_duplicates import collapse
 from index.querybank import rescore
-from index.relevance import BACKGROUND_SIZE, Relevance
+from index.relevance import Relevance, sample
 from index.vector_index import SearchHits
 from training.data.images import Quarantine, decode_all, find_images
 from training.errors import InputError
@@ -239,9 +239,7 @@ class SearchEngine:
         """A sample of the gallery, float32 ``(B, D)``."""
         if self.relevance:
             return self.relevance.background
-        ids = self.gallery.snapshot.ids()
-        chosen = np.random.default_rng(0).permutation(len(ids))[:BACKGROUND_SIZE]
-        return self.gallery.vectors(np.sort(ids[chosen]))
+        return sample(self.gallery.snapshot)
 
     def _ranked(
         self, vectors: NDArray[np.float32], depth: int, allowed: NDArray[np.int64] | None, correct_hubs: bool

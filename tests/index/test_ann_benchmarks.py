@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from exchange_tools import DIM, create, unit
 
-from index import exchange, vector_files
 from index.ann_benchmarks import read_ann_benchmarks
 from index.errors import GalleryError
 from index.exchange import import_vectors, source_shape
@@ -22,13 +21,6 @@ h5py = pytest.importorskip("h5py")
 def gallery(tmp_path: Path) -> Iterator[Gallery]:
     with create(tmp_path / "g") as created:
         yield created
-
-
-@pytest.fixture
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "BATCH", 7)
-    monkeypatch.setattr(vector_files, "BATCH", 5)
-    monkeypatch.setattr(exchange, "PARTITION", 16)
 
 
 def save_benchmark(path: Path, distance: str = "angular", **changed: Any) -> Path:

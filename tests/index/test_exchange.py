@@ -33,13 +33,6 @@ def gallery(tmp_path: Path) -> Iterator[Gallery]:
         yield created
 
 
-@pytest.fixture
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "BATCH", 7)
-    monkeypatch.setattr(vector_files, "BATCH", 5)
-    monkeypatch.setattr(exchange, "PARTITION", 16)
-
-
 def contents(gallery: Gallery) -> dict[str, tuple[Item, bytes]]:
     items = list(gallery.items())
     rows = gallery.vectors(np.array([key for key, _ in items]))
