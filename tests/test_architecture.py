@@ -32,6 +32,7 @@ FLOORS = {
     "sampling": GROUND | {"data", "evaluation", "sampling"},
     "models": GROUND | {"data", "models", "config"},
     "losses": GROUND | {"losses", "models"},
+    "robustness": GROUND | {"data", "evaluation", "models", "robustness"},
 }
 
 

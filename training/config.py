@@ -77,6 +77,18 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class AdversarialConfig:
+    """Training on pictures that PGD perturbs within an ℓ∞ ball, against the model as it is at each step."""
+
+    method: Literal["none", "fare", "supervised"] = "none"
+    """fare keeps perturbed pictures where the model in init embeds clean ones; supervised: the run's loss on them."""
+    epsilon: str = "1/255"
+    """Radius as a fraction of the pixel range."""
+    steps: int = 2
+    """Gradient steps of the attack."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -88,11 +100,14 @@ class Config:
     """Splits may be joined, e.g. train+restval."""
     val_split: str = "val"
     """Its rSum selects the weights that are kept."""
+    init: str = ""
+    """Begin with the weights of this run, of the same towers; its word vocabulary is taken over."""
     augment: Literal["none", "crop", "crop+flip"] = "none"
     """Random views of training pictures. A flip turns left into right: not for captions that say which."""
     sampler: Literal["uniform", "clustered", "importance"] = "uniform"
     """By gradient clusters or gradient norms, in epochs for which that is measured to pay; uniform in others."""
     clusters: ClusterConfig = field(default_factory=ClusterConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -182,7 +197,24 @@ def _scalar(value: str | int | float | bool | tuple[int, ...]) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
 
 
+def parse_epsilon(text: str) -> float:
+    """``8/255`` or ``0.03``, a fraction of the pixel range, as a number.
+
+    Raises:
+        InputError: Unless it is one from 0 to 1.
+    """
+    above, _, below = text.partition("/")
+    try:
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"ε = {text!r}: not a number; write 2/255 or 0.008") from None
+    if not 0 <= value <= 1:
+        raise InputError(f"ε = {text}: pixels go from 0 to 1, so must ε; write {text.split('/')[0]}/255")
+    return value
+
+
 _LEAST = {
+    "adversarial.steps": 1,
     "checkpoint_every": 1,
     "clusters.count": 1,
     "clusters.mix": 0,
@@ -223,6 +255,7 @@ def check_ranges(config: Config) -> None:
             raise InputError(f"{name} = {value!r} must be at least {least}")
         if name.endswith("dropout") and value >= 1:
             raise InputError(f"{name} = {value!r} must be below 1")
+    parse_epsilon(config.adversarial.epsilon)
     mix = config.clusters.mix
     if not mix <= 1:
         raise InputError(f"clusters.mix = {mix!r} must be at most 1")

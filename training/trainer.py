@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from training.adversarial import AdversarialTraining
 from training.checkpoint import load_state, optimizer_tensors, restore_optimizer, save_state
 from training.config import Config, LossConfig, check_ranges, difference, from_dict, to_toml
 from training.data.batches import Batch, Pairs, ShuffledBatches, load_epoch
@@ -91,7 +92,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.device = default_device()
         model_config = _with_feature_dim(config, self.train_corpus).model
-        self.model = DualEncoder(model_config, build_tokenizer(config, self.train_corpus)).to(self.device)
+        initial = DualEncoder.from_pretrained(config.init) if config.init else None
+        tokenizer = initial.tokenizer if initial else build_tokenizer(config, self.train_corpus)
+        self.model = DualEncoder(model_config, tokenizer).to(self.device)
+        if initial:
+            self.model.take_weights(initial, config.init)
         images, self._images_cached = corpus_inputs(self.model, self.train_corpus, "image", config.augment)
         texts, self._texts_cached = corpus_inputs(self.model, self.train_corpus, "text")
         self._encode_validation = corpus_encoder(self.model, self.val_corpus)
@@ -103,6 +108,7 @@ class Trainer:
         self.detector = CollapseDetector(config.loss.margin)
         self.optimizer = self._build_optimizer()
         self.sampling = None if config.sampler == "uniform" else self.gradient_sampling(config.sampler)
+        self.adversarial = self._adversarial_training(initial)
         weights, self._by_weight = self.train_corpus.weights, None
         if weights is not None:  # pairs come as often as the duplicates that they stand for would
             self._by_weight = ImportanceBatches(weights, config.optim.batch_size, mix=0.0, seed=config.seed)
@@ -179,11 +185,14 @@ class Trainer:
             group["lr"] = group["peak_lr"] * self._rate(self.step)
         self.loss.advance(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.sampling is None:
-            value, statistics = self.loss(*self._embed(batch), batch.image_ids)
-            value.backward()  # type: ignore[no-untyped-call]
-        else:
+        if self.sampling is not None:
             value, statistics = self.sampling.backward(batch)
+        else:
+            if self.adversarial is not None:
+                value, statistics = self.adversarial(batch, self.step)
+            else:
+                value, statistics = self.loss(*self._embed(batch), batch.image_ids)
+            value.backward()  # type: ignore[no-untyped-call]
         limit = config.clip or math.inf
         norm = clip_grad_norm_((p for g in self.optimizer.param_groups for p in g["params"]), limit)
         numbers = torch.stack([value.detach(), norm]).tolist()
@@ -229,12 +238,31 @@ class Trainer:
             tqdm.write(f"step {self.step}: draws by gradient are stale; uniform batches up to the end of the epoch")
         return stale
 
+    def _adversarial_training(self, initial: DualEncoder | None) -> AdversarialTraining | None:
+        config = self.config.adversarial
+        if config.method == "none":
+            return None
+        if self.sampling is not None:
+            raise InputError("adversarial training draws uniform batches; leave out --sampler")
+        anchors = None
+        if config.method == "fare":
+            if initial is None:
+                raise InputError("adversarial.method fare needs a model to stay close to; add --init RUN")
+            images, cached = corpus_inputs(initial, self.train_corpus, "image")
+            anchors = initial.encode("image", images, project=cached)
+        return AdversarialTraining(config, self.model, self.loss, self._embed_texts, anchors, self.config.seed)
+
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        image_tower, text_tower = self.model.image_tower, self.model.text_tower
+        image_tower = self.model.image_tower
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
             images = (image_tower.project if self._images_cached else image_tower)(*batch.images)
-            texts = (text_tower.project if self._texts_cached else text_tower)(*batch.texts)
-        return images, texts
+        return images, self._embed_texts(batch)
+
+    def _embed_texts(self, batch: Batch) -> Tensor:
+        text_tower = self.model.text_tower
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+            texts: Tensor = (text_tower.project if self._texts_cached else text_tower)(*batch.texts)
+        return texts
 
     def _rate(self, step: int) -> float:
         """Learning rate as a fraction of its peak."""
@@ -273,7 +301,9 @@ class Trainer:
         images, captions = self._encode_validation()
         metrics = evaluate(images, captions, self.val_corpus.owner, self.model.similarity.scores)
         record = metrics.to_json(self.config.data, self.config.val_split)
-        better = self.best is None or metrics.rsum > self.best["rsum"]
+        # Clean recall would prefer the weights that adversarial training has changed least.
+        latest = self.adversarial is not None
+        better = latest or self.best is None or metrics.rsum > self.best["rsum"]
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         self._log({"kind": "validation", **record})
         tqdm.write(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vse_app import index_verb, search_verb
+from vse_app import audit_verb, index_verb, search_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     verb.set_defaults(run=_variance)
 
+    audit_verb.add_parser(verbs)
     index_verb.add_parser(verbs)
     search_verb.add_parser(verbs)
     return parser

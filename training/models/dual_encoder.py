@@ -181,6 +181,21 @@ class DualEncoder(nn.Module):
                 )
         self.load_state_dict(state, strict=False)
 
+    def take_weights(self, other: DualEncoder, origin: str) -> None:
+        """Copy all weights of a model with the same towers, frozen or not.
+
+        Raises:
+            InputError: If the towers differ; names ``origin``, where the other model comes from.
+        """
+        state, own = other.state_dict(), self.state_dict()
+        if strange := state.keys() ^ own.keys() | {
+            n for n in own.keys() & state.keys() if own[n].shape != state[n].shape
+        }:
+            raise InputError(
+                f"{origin}: has other towers than this configuration (at {min(strange)}); take its model settings"
+            )
+        self.load_state_dict(state)
+
     @classmethod
     def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> DualEncoder:
         """Load from a directory written by :meth:`save_pretrained`, or from the hub.

@@ -38,7 +38,7 @@ CHUNK = 20
 SHOWN = 2
 """Worst flips whose pictures are kept, of every chunk."""
 COLLAPSED = 1e-3
-"""Standard deviation of the cosines of unrelated pairs below which a model tells nothing apart."""
+"""Standard deviation of the scores of one caption, or one picture, below which a model tells nothing apart."""
 
 
 @dataclass(frozen=True)
@@ -378,8 +378,9 @@ class Audit:
             raise InputError(f"{self.corpus.name} [{self.corpus.split}]: one image has no competitors; audit on more")
         with torch.no_grad():
             scores = self.model.similarity.scores(self.images[:200], self.captions[:1000])
-        spread = float(scores.std())
-        if not spread > COLLAPSED:
-            raise InputError(
-                f"the model has collapsed: scores of unrelated pairs differ by {spread:.1e}; there is nothing to audit"
-            )
+        for side, spread in (("images", float(scores.std(0).mean())), ("captions", float(scores.std(1).mean()))):
+            if not spread > COLLAPSED:
+                raise InputError(
+                    f"the model has collapsed: it tells no {side} apart (scores differ by {spread:.1e}); "
+                    "train another before auditing"
+                )

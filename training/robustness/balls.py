@@ -69,6 +69,8 @@ class Ball:
             return clip(points, lower, (centres + epsilon).clamp(max=self.high))
         if not isinstance(self.epsilon, Tensor) and self.epsilon == 0:
             return centres.clone()
+        if self.low == -math.inf and self.high == math.inf:
+            return centres + self.norm.project(points - centres, self.epsilon)
         lower, upper = (self.low - centres).clamp(max=0), (self.high - centres).clamp(min=0)
         change = self.norm.project_in_box(points - centres, self.epsilon, lower, upper)
         margin = 1e-7

@@ -14,10 +14,9 @@ from torch import Tensor
 from training.robustness.attacks import Attacked, apgd, fgsm, pgd, square
 from training.robustness.balls import Ball
 from training.robustness.norms import LINF, Norm
-from training.robustness.retrieval_threats import CUTOFFS, Loss, QueryImage, Threat
+from training.robustness.retrieval_threats import Loss, QueryImage, Threat
 
 Method = Literal["apgd", "pgd", "fgsm", "square"]
-GOAL = CUTOFFS[-1]
 TARGETS = 9
 
 
@@ -29,7 +28,7 @@ class AttackSettings:
         norm: Of the perturbation.
         method: ``apgd``, or a weaker one for comparison.
         steps: Most gradient steps (for ``square`` queries) per picture and ε; a picture whose searches have all left
-            the first ten ranks makes only ``least`` of them.
+            the first ten ranks (which, promoted, holds the first) makes only ``least`` of them.
         least: See ``steps``; None makes all steps.
         strong: Attack what still ranks first again, by cross-entropy, nine targets, a random start, each with twice
             the steps, and by random squares.
@@ -40,7 +39,7 @@ class AttackSettings:
     norm: Norm = LINF
     method: Method = "apgd"
     steps: int = 50
-    least: int | None = 3
+    least: int | None = 5
     strong: bool = False
     seed: int = 0
     batch_size: int = 8
@@ -116,7 +115,7 @@ def attack(
     ball: Ball,
     settings: AttackSettings,
     start: Tensor | None = None,
-    goal: int = GOAL,
+    goal: int | None = None,
     loss: Loss = "margin",
     target: int = 0,
 ) -> Attacked:
@@ -128,11 +127,11 @@ def attack(
         ball: Where they may go.
         settings: How hard.
         start: Where to begin; at random if it is left out.
-        goal: See :meth:`Threat.objective`.
+        goal: See :meth:`Threat.objective`; the threat's hardest if it is left out.
         loss: As there.
         target: As there.
     """
-    objective = threat.objective(loss, goal, target)
+    objective = threat.objective(loss, goal or threat.goal, target)
     seed, size, least = settings.seed, settings.batch_size, settings.least
     if settings.method == "fgsm":
         return fgsm(objective, images, ball, batch_size=size)
@@ -143,7 +142,7 @@ def attack(
 
 
 def smallest_epsilon(
-    threat: Threat, images: Tensor, curve: Curve, settings: AttackSettings, rounds: int = 4, steps: int = 6
+    threat: Threat, images: Tensor, curve: Curve, settings: AttackSettings, rounds: int = 8, steps: int = 6
 ) -> NDArray[np.float64]:
     """The smallest ε at which each picture's first search was seen to lose the first rank, by bisection.
 
@@ -220,8 +219,10 @@ def _strengthen(
         if not len(broken):
             continue
         found.points[broken] = again.points[again.done]
-        with torch.no_grad():  # the goal of ten ranks may be further off
-            found.loss[broken], found.done[broken] = threat.objective("margin", GOAL)(found.points[broken], broken)
+        with torch.no_grad():  # the hardest goal may be further off
+            found.loss[broken], found.done[broken] = threat.objective("margin", threat.goal)(
+                found.points[broken], broken
+            )
         found.violation.norm[broken] = again.violation.norm[again.done]
         found.violation.box[broken] = again.violation.box[again.done]
     return found, passes

@@ -43,6 +43,11 @@ class Threat(ABC):
     embed: Embed
     similarity: Similarity
 
+    @property
+    def goal(self) -> int:
+        """The hardest goal: to leave the first ten ranks, or to enter the first; it includes the others."""
+        return CUTOFFS[-1]
+
     @abstractmethod
     def value(self, embeddings: Tensor, rows: Tensor, loss: Loss, goal: int, target: int) -> Value:
         """Attack loss ``(b,)`` and whether the goal is reached, at embeddings ``(b, D)`` of the pictures ``rows``."""
@@ -238,6 +243,11 @@ class GalleryImage(Threat):
             done = ~(inside[..., 0] & present).any(1)
         mean = (margin * present).sum(1) / present.sum(1)
         return Value(mean, done)
+
+    @property
+    def goal(self) -> int:
+        """See :class:`Threat`."""
+        return 1 if self.promote else super().goal
 
     def withstood(self, ranks: NDArray[np.int64]) -> NDArray[np.bool_]:
         """See :class:`Threat`."""

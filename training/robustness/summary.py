@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,24 +26,27 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(statistic: Callable[[NDArray[np.int64]], float], count: int, seed: int = 0) -> Interval:
-    """The interval of a statistic of rows drawn with replacement.
+def share(part: NDArray[np.int64], whole: NDArray[np.int64], seed: int = 0) -> Interval:
+    """``100 Σ part / Σ whole`` over rows drawn with replacement; NaN where there is nothing to count.
 
     Args:
-        statistic: Its value on the rows at these indices.
-        count: Number of rows; whatever belongs together, as the captions of one picture do, is one row.
+        part: int64 ``(N,)``; what belongs together, as the captions of one picture do, is one row.
+        whole: int64 ``(N,)``.
         seed: Decides the resamples.
     """
-    generator = np.random.default_rng(seed)
-    drawn = [statistic(generator.integers(0, count, count)) for _ in range(RESAMPLES)]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.all(np.isnan(drawn)) else (np.nan, np.nan)
-    return Interval(float(statistic(np.arange(count))), float(low), float(high))
+    count = len(part)
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)  # (R, N)
+    totals = drawn @ whole
+    rates = 100 * (drawn @ part)[totals > 0] / totals[totals > 0]
+    if not whole.sum():
+        return Interval(float("nan"), float("nan"), float("nan"))
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return Interval(100 * float(part.sum() / whole.sum()), float(low), float(high))
 
 
 def recall(ranks: Ranks, k: int, seed: int = 0) -> Interval:
     """Percent of searches whose item is among the first ``k``; ``ranks`` ``(N, P)``, -1 where there is no search."""
-    hit, there = ((ranks < k) & (ranks >= 0)).sum(1), (ranks >= 0).sum(1)
-    return bootstrap(lambda rows: 100 * float(hit[rows].sum() / there[rows].sum()), len(ranks), seed)
+    return share(((ranks < k) & (ranks >= 0)).sum(1), (ranks >= 0).sum(1), seed)
 
 
 def median_rank(ranks: Ranks) -> float:
@@ -58,13 +61,7 @@ def success(clean: Ranks, attacked: Ranks, k: int, promote: bool = False, seed: 
     """
     before, after = ((ranks < k) != promote for ranks in (clean, attacked))
     there = (clean >= 0) & before
-    lost, had = (there & ~after).sum(1), there.sum(1)
-
-    def share(rows: NDArray[np.int64]) -> float:
-        total = had[rows].sum()
-        return 100 * float(lost[rows].sum() / total) if total else float("nan")
-
-    return bootstrap(share, len(clean), seed)
+    return share((there & ~after).sum(1), there.sum(1), seed)
 
 
 def shift(clean: Ranks, attacked: Ranks) -> dict[str, float]:
@@ -91,7 +88,11 @@ def point(clean: Ranks, attacked: Ranks, promote: bool = False) -> dict[str, Any
 
 def epsilon50(radii: NDArray[np.float64], seed: int = 0) -> Interval:
     """Median over the clean hits of the smallest ε known to break each; inf where none is."""
-    return bootstrap(lambda rows: float(np.median(radii[rows])), len(radii), seed)
+    drawn = np.random.default_rng(seed).integers(0, len(radii), (RESAMPLES, len(radii)))
+    # Without interpolation, which knows no infinity.
+    medians = np.percentile(radii[drawn], 50, axis=1, method="higher")
+    low, high = np.percentile(medians, [2.5, 97.5], method="nearest")
+    return Interval(float(np.percentile(radii, 50, method="higher")), float(low), float(high))
 
 
 def join(parts: Sequence[Any]) -> Ranks:

@@ -1,0 +1,221 @@
+"""The audit on a small trained model: what it records, that it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from audited import draw, train
+
+from training.data.corpus import Corpus
+from training.data.formats import load_corpus
+from training.errors import InputError
+from training.evaluation.ranks import retrieval_ranks
+from training.models.dual_encoder import DualEncoder
+from training.models.features import encode_corpus
+from training.robustness import audit as audit_module
+from training.robustness.audit import Audit, AuditConfig
+from training.robustness.balls import Ball
+from training.robustness.curves import AttackSettings, attack_curve, smallest_epsilon
+from training.robustness.norms import LINF
+
+SMALL = AuditConfig(
+    queries=24, others=8, epsilons=(1 / 255, 12 / 255, 24 / 255), steps=10, trials=3, severities=(3,), seed=1
+)
+
+
+@pytest.fixture(scope="session")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("audited")
+    data = draw(folder / "pictures")
+    return train(data, folder / "run"), data
+
+
+@pytest.fixture
+def model(audited: tuple[Path, str]) -> DualEncoder:
+    return DualEncoder.from_pretrained(audited[0], "cpu")
+
+
+@pytest.fixture(scope="session")
+def corpus(audited: tuple[Path, str]) -> Corpus:
+    return load_corpus(audited[1], "all")
+
+
+@pytest.fixture(scope="session")
+def record(audited: tuple[Path, str], corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    loaded = DualEncoder.from_pretrained(audited[0], "cpu")
+    return Audit(loaded, corpus, SMALL, tmp_path_factory.mktemp("audit")).run()
+
+
+def test_clean_ranks_are_those_of_the_evaluation(record: dict[str, Any], model: DualEncoder, corpus: Corpus) -> None:
+    ranks = retrieval_ranks(*encode_corpus(model, corpus), corpus.owner)
+    found = record["threats"]["query-image"]
+    rows = [corpus.image_ids.index(name) for name in found["ids"]]
+    assert sorted(rows) == list(range(24))
+    assert [rank for (rank,) in found["ranks"][0]] == ranks.i2t[rows].tolist()
+    assert found["curve"][0]["r1"]["value"] == pytest.approx(100 * np.mean(ranks.i2t == 0))
+    assert found["curve"][0]["epsilon"] == 0
+    assert found["curve"][0]["asr1"]["value"] == 0
+
+
+def test_every_threat_bites(record: dict[str, Any]) -> None:
+    threats = record["threats"]
+    for name in ("query-image", "gallery-owner"):
+        recalls = [of["r1"]["value"] for of in threats[name]["curve"]]
+        assert recalls[0] > 60
+        assert recalls[-1] < recalls[0] / 2
+    promoted = [of["asr1"]["value"] for of in threats["gallery-promote"]["curve"]]
+    assert promoted[0] == 0
+    assert promoted[-1] > 0
+    assert threats["query-text"]["attacked"]["r1"]["value"] <= threats["query-text"]["clean"]["r1"]["value"]
+    assert len(threats["corruption"]["r1"]) >= 10
+    assert 0 <= threats["corruption"]["mean_r1"] <= 100
+
+
+def test_all_thirteen_checks_are_there_and_decide(record: dict[str, Any]) -> None:
+    assert [check["number"] for check in record["checks"]] == list(range(1, 14))
+    failed = [check for check in record["checks"] if not check["passed"]]
+    assert record["trustworthy"] == (not failed)
+    assert not [check for check in failed if check["number"] in (1, 2, 3, 8, 9, 10, 11, 12)], failed
+
+
+def test_certified_never_exceeds_attacked(record: dict[str, Any]) -> None:
+    for of in record["certificates"].values():
+        assert of["table"][0]["certified"] == of["table"][0]["attacked"] > 0
+        assert all(row["certified"] <= row["attacked"] for row in of["table"])
+        assert any(row["certified"] > 0 for row in of["table"][1:])
+        assert any(row["attacked"] < of["table"][0]["attacked"] for row in of["table"])
+        assert (of["tried"], of["flips"]) == (10_200, 0)
+
+
+def test_smallest_epsilon_lies_on_the_curve(record: dict[str, Any]) -> None:
+    found = record["threats"]["query-image"]
+    ranks = np.asarray(found["ranks"])[..., 0]
+    radii = [of["epsilon"] for of in found["curve"]]
+    for row, smallest in enumerate(found["smallest_epsilon"]):
+        lost = np.flatnonzero(ranks[:, row] > 0)
+        if not len(lost):
+            assert smallest is None
+        elif lost[0] == 0:
+            assert smallest == 0
+        else:
+            assert radii[lost[0] - 1] < smallest <= radii[lost[0]] * (1 + 1e-6)
+
+
+def test_flips_show_what_was_found(record: dict[str, Any], corpus: Corpus) -> None:
+    flips = record["threats"]["query-image"]["flips"]
+    assert flips
+    assert all(flip["epsilon"] == SMALL.epsilons[1] for flip in flips)
+    for flip in flips:
+        own = [c for c, i in zip(corpus.captions, corpus.owner, strict=True) if corpus.image_ids[i] == flip["image"]]
+        assert flip["before"][0] in own
+        assert flip["after"][0] not in own
+        assert flip["rank"] > 0
+
+
+def test_a_killed_audit_goes_on_and_ends_the_same(
+    model: DualEncoder, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(audit_module, "CHUNK", 5)
+    config = replace(SMALL, threats=("query-image", "query-text"), queries=12)
+
+    def without_times(found: dict[str, Any]) -> str:
+        return json.dumps({**found, "seconds": 0})
+
+    whole = Audit(model, corpus, config, tmp_path / "whole").run()
+    killed = Audit(model, corpus, config, tmp_path / "killed")
+    attack = audit_module.attack_curve
+    calls = []
+
+    def die(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return attack(*args)
+
+    monkeypatch.setattr(audit_module, "attack_curve", die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    assert (tmp_path / "killed" / "parts" / "query-image-001.json").exists()
+    calls.clear()
+    monkeypatch.setattr(audit_module, "attack_curve", lambda *args: (calls.append(1), attack(*args))[1])
+    resumed = Audit(model, corpus, config, tmp_path / "killed").run()
+    assert len(calls) == 1
+    assert without_times(resumed) == without_times(whole)
+
+
+def test_another_audit_in_the_folder_is_refused(model: DualEncoder, corpus: Corpus, tmp_path: Path) -> None:
+    Audit(model, corpus, SMALL, tmp_path)
+    with pytest.raises(InputError, match="other settings; choose another --out"):
+        Audit(model, corpus, replace(SMALL, seed=2), tmp_path)
+    with torch.no_grad():
+        next(model.image_tower.parameters()).add_(1)
+    with pytest.raises(InputError, match="other weights"):
+        Audit(model, corpus, SMALL, tmp_path)
+
+
+def test_strong_does_at_least_as_much_and_curves_fall(model: DualEncoder, corpus: Corpus, tmp_path: Path) -> None:
+    audit = Audit(model, corpus, SMALL, tmp_path)
+    rows = list(range(8))
+    images = audit._fetch(rows)
+    threat = audit.threat("query-image", rows, images)
+    weak = AttackSettings(steps=1, method="pgd")
+    strong = replace(weak, method="apgd", steps=4, strong=True)
+    left = [
+        (attack_curve(threat, images, (1 / 255, 6 / 255), settings).ranks[..., 0] == 0).sum(1)
+        for settings in (weak, strong)
+    ]
+    assert (left[1] <= left[0]).all()
+    assert left[1][-1] < left[0][-1]
+
+
+def test_warm_starts_never_lose_what_a_smaller_ball_gave(model: DualEncoder, corpus: Corpus, tmp_path: Path) -> None:
+    audit = Audit(model, corpus, SMALL, tmp_path)
+    rows = list(range(8))
+    images = audit._fetch(rows)
+    threat = audit.threat("query-image", rows, images)
+    radii = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
+    curve = attack_curve(threat, images, radii, AttackSettings(steps=3, least=0))
+    objective = threat.objective("margin", 10)
+    with torch.no_grad():
+        losses = torch.stack([objective(points, torch.arange(8)).loss for points in curve.points[1:]])
+    assert (losses.diff(dim=0) >= -1e-6).all()
+    for epsilon, points in zip(curve.epsilons, curve.points, strict=True):
+        assert float(Ball(LINF, epsilon).violation(points, images).norm.max()) <= 1e-6
+    smallest = smallest_epsilon(threat, images, curve, AttackSettings())
+    assert ((smallest == 0) == (curve.ranks[0, :, 0] > 0)).all()
+
+
+def test_bad_input_is_refused_in_one_line(model: DualEncoder, corpus: Corpus, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"epsilons": (8.0,)}, "pixels go from 0 to 1"),
+        ({"epsilons": (0.2, 0.1)}, "ascending"),
+        ({"epsilons": (0.0, 0.1)}, "above 0"),
+        ({"threats": ("query-smell",)}, "'query-smell' is unknown; choose from query-image"),
+        ({"queries": 0}, "at least 1"),
+        ({"norm": "l7"}, "'l7' is unknown"),
+    ):
+        with pytest.raises(InputError, match=message):
+            AuditConfig(**changes)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no competitors"):
+        Audit(model, corpus.subset([0]), SMALL, tmp_path / "one")
+    with torch.no_grad():
+        for parameter in model.image_tower.head.parameters():
+            parameter.zero_()
+        model.image_tower.head[-1].bias.fill_(1.0)  # type: ignore[index,operator,union-attr]
+    with pytest.raises(InputError, match="collapsed"):
+        Audit(model, corpus, SMALL, tmp_path / "collapsed")
+
+
+def test_towers_without_pictures_are_refused(tiny_features: str, config: Any, tmp_path: Path) -> None:
+    from training.trainer import Trainer
+
+    blind = Trainer(config).model
+    with pytest.raises(InputError, match="cannot encode pictures"):
+        Audit(blind, load_corpus(tiny_features, "val"), SMALL, tmp_path / "blind")
