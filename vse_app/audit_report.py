@@ -71,7 +71,7 @@ def _curve(found: dict[str, Any], norm: str, promote: bool) -> list[str]:
     ]
     for of in found["curve"]:
         r1, asr = of["r1"], [of[f"asr{k}"]["value"] for k in (1, 10)]
-        shown = ["–" if rate != rate else f"{rate:.1f}" for rate in asr]
+        shown = ["–" if rate is None else f"{rate:.1f}" for rate in asr]
         lines.append(
             f"  {radius(of['epsilon'], norm):>9}  {r1['value']:5.1f} {r1['low']:5.1f} – {r1['high']:5.1f} "
             f"{of['r1_8bit']['value']:6.1f} {of['r5']['value']:6.1f} {of['r10']['value']:6.1f} {of['medr']:6.0f} "
@@ -97,10 +97,10 @@ def _text(found: dict[str, Any]) -> list[str]:
     lines = [f"  {'':8}{'R@1':>6} {'95 %':^13} {'R@5':>6} {'R@10':>6} {'medR':>6} {'success@1':>10}"]
     for name in ("clean", "attacked"):
         of = found[name]
-        r1 = of["r1"]
+        r1, asr = of["r1"], of["asr1"]["value"]
         lines.append(
             f"  {name:8}{r1['value']:6.1f} {r1['low']:5.1f} – {r1['high']:5.1f} {of['r5']['value']:6.1f} "
-            f"{of['r10']['value']:6.1f} {of['medr']:6.0f} {of['asr1']['value']:10.1f}"
+            f"{of['r10']['value']:6.1f} {of['medr']:6.0f} {'–' if asr is None else format(asr, '.1f'):>10}"
         )
     lines += [f"  “{of['caption']}” → “{of['edited']}”: rank {of['rank'] + 1}" for of in found["worst"][:3]]
     return lines
@@ -135,7 +135,9 @@ def _certificates(found: dict[str, Any]) -> list[str]:
 
 def write_files(record: dict[str, Any], out: Path) -> list[str]:
     """``audit.json``, the printed report as ``audit.txt``, and ``queries.parquet`` where pyarrow is installed."""
-    write_text(out / "audit.json", json.dumps({**record, "bounds": BOUNDS}, indent=1, ensure_ascii=False) + "\n")
+    write_text(
+        out / "audit.json", json.dumps({**record, "bounds": BOUNDS}, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     write_text(out / "audit.txt", format_report(record) + "\n")
     written = ["audit.json", "audit.txt"]
     try:

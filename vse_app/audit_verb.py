@@ -28,7 +28,11 @@ def add_parser(verbs: Any) -> None:
     )
     verb.add_argument("--epsilons", nargs="+", metavar="ε", help=f"radii (default: {' '.join(EPSILONS)})")
     verb.add_argument("--norm", default="linf", help="linf, l2, l1, fourier-linf or fourier-linf[low,high]")
-    verb.add_argument("--queries", type=int, help="images attacked as queries (default: 200); a quarter of them else")
+    verb.add_argument(
+        "--queries",
+        type=int,
+        help="images attacked as queries (default: 200; an eighth for other threats unless named)",
+    )
     verb.add_argument("--steps", type=int, help="most gradient steps per picture and ε (default: 50)")
     verb.add_argument("--strong", action="store_true", help="further losses, targets, starts and random search")
     verb.add_argument("--quick", action="store_true", help="fewer of everything: minutes rather than a quarter hour")
@@ -61,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     config = AuditConfig(
         threats=tuple(args.threat) if named else THREATS,
         queries=queries,
-        others=queries if named else max(queries // 4, 1),
+        others=queries if named else max(queries // 8, 1),
         epsilons=tuple(read(radius) for radius in radii),
         norm=args.norm,
         steps=args.steps or (20 if args.quick else 50),

@@ -161,7 +161,7 @@ def test_what_is_missing_does_not_crash(audit: StubAudit, tmp_path: Path) -> Non
     record = make_record(tmp_path, audit)
     query = record["threats"]["query-image"]
     for point in record["threats"]["gallery-promote"]["curve"]:
-        point["asr1"] = {"value": float("nan"), "low": float("nan"), "high": float("nan")}
+        point["asr1"] = {"value": None, "low": None, "high": None}
     query["curve"][1]["r1"] = {"value": None, "low": None, "high": None}
     query["flips"] = []
     record["trustworthy"] = False

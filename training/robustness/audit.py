@@ -64,7 +64,7 @@ class AuditConfig:
 
     threats: tuple[str, ...] = THREATS
     queries: int = 200
-    others: int = 50
+    others: int = 25
     epsilons: tuple[float, ...] = (0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)
     norm: str = "linf"
     steps: int = 50

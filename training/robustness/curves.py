@@ -39,7 +39,7 @@ class AttackSettings:
     norm: Norm = LINF
     method: Method = "apgd"
     steps: int = 50
-    least: int | None = 5
+    least: int | None = 3
     strong: bool = False
     seed: int = 0
     batch_size: int = 8
@@ -142,7 +142,7 @@ def attack(
 
 
 def smallest_epsilon(
-    threat: Threat, images: Tensor, curve: Curve, settings: AttackSettings, rounds: int = 8, steps: int = 6
+    threat: Threat, images: Tensor, curve: Curve, settings: AttackSettings, rounds: int = 6, steps: int = 4
 ) -> NDArray[np.float64]:
     """The smallest ε at which each picture's first search was seen to lose the first rank, by bisection.
 

@@ -44,6 +44,11 @@ def share(part: NDArray[np.int64], whole: NDArray[np.int64], seed: int = 0) -> I
     return Interval(100 * float(part.sum() / whole.sum()), float(low), float(high))
 
 
+def finite(interval: Interval) -> dict[str, float | None]:
+    """For JSON, which knows neither NaN nor infinity: None in their place."""
+    return {name: value if np.isfinite(value) else None for name, value in interval._asdict().items()}
+
+
 def recall(ranks: Ranks, k: int, seed: int = 0) -> Interval:
     """Percent of searches whose item is among the first ``k``; ``ranks`` ``(N, P)``, -1 where there is no search."""
     return share(((ranks < k) & (ranks >= 0)).sum(1), (ranks >= 0).sum(1), seed)
@@ -82,7 +87,7 @@ def area(epsilons: Sequence[float], recalls: Sequence[float]) -> float:
 def point(clean: Ranks, attacked: Ranks, promote: bool = False) -> dict[str, Any]:
     """All figures of one ε, ready for JSON: recall, medR, attack success and rank shift."""
     figures: dict[str, Any] = {f"r{k}": recall(attacked, k)._asdict() for k in (1, 5, 10)}
-    figures |= {f"asr{k}": success(clean, attacked, k, promote)._asdict() for k in (1, 5, 10)}
+    figures |= {f"asr{k}": finite(success(clean, attacked, k, promote)) for k in (1, 5, 10)}
     return {**figures, "medr": median_rank(attacked), "shift": shift(clean, attacked)}
 
 
@@ -133,11 +138,8 @@ def query_extras(smallest: NDArray[np.float64], cosines: NDArray[np.float64]) ->
         cosines: ``(E, N, 2)``.
     """
     hits = smallest[smallest > 0]
-    middle = epsilon50(hits)._asdict() if len(hits) else None
-    if middle is not None:  # JSON knows no infinity
-        middle = {name: value if np.isfinite(value) else None for name, value in middle.items()}
     return {
-        "epsilon50": middle,
+        "epsilon50": finite(epsilon50(hits)) if len(hits) else None,
         "unbroken": int(np.isinf(hits).sum()),
         "smallest_epsilon": [float(value) if np.isfinite(value) else None for value in smallest],
         "own_score": cosines[..., 0].mean(1).tolist(),
