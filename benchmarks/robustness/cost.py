@@ -21,7 +21,7 @@ from benchmarks.robustness.referee import Classifier, find_torchattacks, load_qu
 from benchmarks.timing import compare, format_comparison
 from training.robustness.attacks import Attacked, pgd
 from training.robustness.balls import Ball
-from training.robustness.curves import GOAL, embed_all
+from training.robustness.curves import embed_all
 from training.robustness.norms import LINF
 
 EPSILON = 8 / 255
@@ -56,7 +56,7 @@ def main() -> None:
 
     def ours() -> Attacked:
         return pgd(
-            threat.objective("margin", GOAL), images, Ball(LINF, EPSILON), args.steps, batch_size=args.batch_size
+            threat.objective("margin", threat.goal), images, Ball(LINF, EPSILON), args.steps, batch_size=args.batch_size
         )
 
     def ranked() -> None:

@@ -56,6 +56,12 @@ def test_flickr8k_frozen(flickr: Path, tmp_path: Path, loss: str) -> None:
     assert (metrics["images"], metrics["captions"]) == (4, 20)
 
 
+def test_flickr8k_robust(flickr: Path, tmp_path: Path) -> None:
+    train("flickr8k_frozen", f"karpathy:{flickr}", tmp_path / "small")
+    metrics = train("flickr8k_robust", f"karpathy:{flickr}", tmp_path / "run", "--init", str(tmp_path / "small"))
+    assert (metrics["images"], metrics["captions"]) == (4, 20)
+
+
 def test_flickr8k_vsepp(flickr: Path, tmp_path: Path) -> None:
     features = tmp_path / "precomp"
     encoder = "hf:timm/tf_efficientnet_lite0.in1k"
