@@ -47,7 +47,7 @@ class AuditConfig:
 
     Attributes:
         threats: Names from :data:`THREATS`.
-        queries: Images in the subset, of ``query-image``.
+        queries: Images in the subset, of ``query-image``; all, if there are fewer.
         others: Images in the subset, of every other threat; captions of ``query-text``.
         epsilons: Radii, ascending, above 0.
         norm: Name of the norm; see :func:`~training.robustness.norms.parse_norm`.
@@ -98,8 +98,8 @@ class Audit:
         synonyms: For word edits of ``query-text``.
 
     Raises:
-        InputError: For a model that sees no pictures or has collapsed, more queries than images, or a folder that
-            holds another audit.
+        InputError: For a model that sees no pictures or has collapsed, a gallery of one image, or a folder that holds
+            another audit.
     """
 
     def __init__(
