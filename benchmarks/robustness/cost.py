@@ -56,7 +56,11 @@ def main() -> None:
 
     def ours() -> Attacked:
         return pgd(
-            threat.objective("margin", threat.goal), images, Ball(LINF, EPSILON), args.steps, batch_size=args.batch_size
+            threat.objective("margin", threat.goal),
+            images,
+            Ball(LINF, EPSILON),
+            args.steps,
+            batch_size=args.batch_size,
         )
 
     def ranked() -> None:

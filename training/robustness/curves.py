@@ -30,8 +30,8 @@ class AttackSettings:
         steps: Most gradient steps (for ``square`` queries) per picture and ε; a picture whose searches have all left
             the first ten ranks (which, promoted, holds the first) makes only ``least`` of them.
         least: See ``steps``; None makes all steps.
-        strong: Attack what still ranks first again, by cross-entropy, nine targets, a random start, each with twice
-            the steps, and by random squares.
+        strong: Attack what still ranks first also by cross-entropy, DLR and nine targets, each with twice the steps,
+            and by random squares.
         seed: Decides everything random.
         batch_size: Pictures per forward pass.
     """
@@ -94,10 +94,8 @@ def attack_curve(threat: Threat, images: Tensor, epsilons: Sequence[float], sett
         found = attack(threat, images, ball, settings, start)
         if before is not None:
             found = _stronger(found, before)
-        passes += found.passes
-        if settings.strong:
-            found, extra = _strengthen(threat, images, ball, settings, found)
-            passes += extra
+        found, extra = _insist(threat, images, ball, settings, found)
+        passes += found.passes + extra
         flat |= found.flat
         violation = max(violation, float(found.violation.norm.max()), float(found.violation.box.max()))
         points.append(found.points)
@@ -197,21 +195,23 @@ def _mixed(found: Attacked, other: Attacked, keep: Tensor) -> Attacked:
     return Attacked(points, loss, done, found.trace, violation, found.flat | other.flat, found.passes)
 
 
-def _strengthen(
+def _insist(
     threat: Threat, images: Tensor, ball: Ball, settings: AttackSettings, found: Attacked
 ) -> tuple[Attacked, int]:
-    """Attack by other losses, starts and random search what no attack has moved from the first rank."""
-    losses: list[tuple[Loss, int]] = [("margin", 0)]
-    if isinstance(threat, QueryImage):
-        losses += [("ce", 0), ("dlr", 0), *(("targeted", target) for target in range(TARGETS))]
-    tries: list[tuple[Loss, int, Method]] = [(loss, target, "apgd") for loss, target in losses]
+    """Attack once more, with the first rank alone as goal, what is still there; ``strong`` tries everything."""
+    tries: list[tuple[Loss, int, Method]] = [("margin", 0, settings.method)]
+    if settings.strong:
+        if isinstance(threat, QueryImage):
+            tries += [("ce", 0, "apgd"), ("dlr", 0, "apgd")]
+            tries += [("targeted", target, "apgd") for target in range(TARGETS)]
+        tries.append(("margin", 0, "square"))
     passes = 0
-    for loss, target, method in [*tries, ("margin", 0, "square")]:
+    for loss, target, method in tries:
         standing = threat.ranks(embed_all(threat, found.points, settings.batch_size))
         rows = torch.from_numpy(np.flatnonzero(threat.withstood(standing))).to(images.device)
         if not len(rows):
             break
-        steps = 1000 if method == "square" else 2 * settings.steps
+        steps = 1000 if method == "square" else settings.steps * (2 if settings.strong else 1)
         harder = replace(settings, method=method, steps=steps, least=0, seed=settings.seed + 1 + target)
         again = attack(threat.rows(rows), images[rows], ball.rows(rows), harder, goal=1, loss=loss, target=target)
         passes += again.passes
