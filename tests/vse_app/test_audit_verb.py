@@ -31,8 +31,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(photos: Path) -> Path:
-    out = photos.parent / "run"
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
     main(
         f"train --data folder:{photos} --out {out} --train-split all --val-split all --model.image.size 16 "
         "--model.dim 16 --model.text.word-dim 8 --model.text.min-count 1 --optim.epochs 8 --optim.batch-size 16 "
