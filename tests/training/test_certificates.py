@@ -259,7 +259,7 @@ def test_items_that_differ_by_what_no_feature_reaches(norm: Norm) -> None:
 
 @NORMS
 def test_near_copies_are_not_lost_in_rounding(norm: Norm) -> None:
-    """Rivals 1e-9 from the own item, against distances in twice the digits."""
+    """Rivals 1e-9 from the own item: the radius comes from differences, not from two large scores."""
     case = a_case(queries=4, rest=0)
     embedding = F.normalize(case.features[:1] @ case.head.weight.T + case.head.bias)
     generator = torch.Generator().manual_seed(3)
