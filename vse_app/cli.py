@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vse_app import audit_verb, index_verb, search_verb
+from vse_app import audit_verb, index_verb, search_verb, serve_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("demo", help="the whole story on the built-in data, in a few minutes")
     verb.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
     verb.add_argument("--scenes", type=int, default=6000, help="number of generated pictures")
-    verb.add_argument("--no-browser", action="store_true", help="for scripts: open no window")
+    verb.add_argument("--no-browser", action="store_true", help="for scripts: end without serving the page")
     verb.set_defaults(run=_demo)
 
     verb = verbs.add_parser("data", help="look at data before training on it")
@@ -120,13 +120,16 @@ def _parser() -> argparse.ArgumentParser:
     audit_verb.add_parser(verbs)
     index_verb.add_parser(verbs)
     search_verb.add_parser(verbs)
+    serve_verb.add_parser(verbs)
     return parser
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from vse_app.demo import run_demo
+    from vse_app.demo import run_demo, show_demo
 
     run_demo(args.out, args.scenes)
+    if not args.no_browser:
+        show_demo(args.out)
 
 
 def _data_check(args: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ from PIL import Image
 from index.gallery import Gallery
 from training.data.images import decode
 from training.errors import InputError
-from training.models.dual_encoder import DualEncoder
 
 _SPREAD_FLOOR = 1e-6
 
@@ -47,7 +46,8 @@ class Query:
 def embed(
     queries: Sequence[Query],
     gallery: Gallery,
-    model: Callable[[], DualEncoder],
+    encode_texts: Callable[[Sequence[str]], NDArray[np.float32]],
+    encode_images: Callable[[Sequence[Image.Image]], NDArray[np.float32]],
     background: Callable[[], NDArray[np.float32]],
 ) -> NDArray[np.float32]:
     """Vectors of all queries, float32 ``(Q, D)``; texts go through the model together, and so do pictures.
@@ -58,7 +58,8 @@ def embed(
     Args:
         queries: What to embed.
         gallery: Where the items are that a query wants the like of.
-        model: Gives what embeds texts and pictures; not called for queries without any.
+        encode_texts: Embeds texts; not called for queries without any.
+        encode_images: Embeds decoded pictures; not called for queries without any.
         background: Gives a sample of the gallery, float32 ``(B, D)``; called if a text and a picture meet.
 
     Raises:
@@ -71,7 +72,7 @@ def embed(
         raise InputError(f"search: text and picture together need cosine similarity, not {gallery.metric}; give one")
     vectors = np.zeros((len(queries), gallery.dim), np.float32)
     if texts:
-        vectors[list(texts)] = model().encode_texts(list(texts.values())).numpy()
+        vectors[list(texts)] = encode_texts(list(texts.values()))
     for n, query in enumerate(queries):
         if query.like is not None:
             vectors[n] = gallery.vectors(np.array([item_id(gallery, query.like)]))[0]
@@ -80,7 +81,7 @@ def embed(
                 raise InputError(f"search: a vector of shape {np.shape(query.vector)}; give ({gallery.dim},)")
             vectors[n] = query.vector
     if images:
-        seen = model().encode_images([decode(i) if isinstance(i, Path) else i for i in images.values()]).numpy()
+        seen = encode_images([decode(i) if isinstance(i, Path) else i for i in images.values()])
         for n, vector in zip(images, seen, strict=True):
             weight = queries[n].weight
             if n in texts:

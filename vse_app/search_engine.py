@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from training.data.images import Quarantine, decode_all, find_images
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
 from vse_app.queries import Query, embed, item_id
+from vse_app.text_cache import TextCache
 
 BATCH = 64  # pictures decoded, embedded and made durable together
 _HUB_DEPTH = 10  # hubness correction ranks anew so many times as many results as are wanted
@@ -49,12 +49,12 @@ class Result(Hit):
     Attributes:
         probability: That it is what a text means, if the gallery was calibrated; None for other queries.
         likely: Whether that reaches the gallery's cut; None where there is no probability.
-        duplicates: Items that look the same and that it stands for, best first.
+        duplicates: Hits that look the same and that it stands for, best first.
     """
 
     probability: float | None = None
     likely: bool | None = None
-    duplicates: tuple[Item, ...] = ()
+    duplicates: tuple[Hit, ...] = ()
 
 
 @dataclass
@@ -89,6 +89,7 @@ class SearchEngine:
             gallery.check_model(model.fingerprint())
         self.gallery = gallery
         self._model = model
+        self._texts = TextCache(lambda texts: self.model.encode_texts(texts).numpy())
         self._relevance: Relevance | None = None
         self._relevance_part: Part | None = None
 
@@ -182,6 +183,7 @@ class SearchEngine:
         where: Sequence[Condition] = (),
         collapse_at: float | None = None,
         correct_hubs: bool = False,
+        vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Result]]:
         """The ``k`` best pictures for each query, best first.
 
@@ -192,6 +194,7 @@ class SearchEngine:
             collapse_at: Cosine from which two results count as one, which the better one stands for.
             correct_hubs: Rank by querybank-normalised scores (:class:`index.querybank.QueryBank`) what plain
                 similarity puts among the first ``10 k``.
+            vectors: What :meth:`embed` gave for the queries, if that was called before.
 
         Raises:
             GalleryError: If there is nothing to correct hubs by, or an item to be like is not there.
@@ -199,7 +202,7 @@ class SearchEngine:
         """
         if k < 1:
             raise InputError(f"search: k is {k}; ask for at least 1 result")
-        embedded = embed(queries, self.gallery, lambda: self.model, lambda: self.background)
+        embedded = self.embed(queries) if vectors is None else vectors
         allowed = self.gallery.ids_where(where) if where else None
         if correct_hubs and not (self.relevance and self.relevance.bank):
             raise GalleryError(
@@ -215,6 +218,19 @@ class SearchEngine:
                 break
             depth *= 4
         return self._results(queries, embedded, hits, groups, count)
+
+    def embed(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """Vectors of the queries, float32 ``(Q, D)``; see :func:`vse_app.queries.embed`.
+
+        Raises:
+            GalleryError: If an item to be like is not there.
+            InputError: If a query is empty or its picture cannot be read.
+        """
+        return embed(queries, self.gallery, self._texts, self._encode_images, lambda: self.background)
+
+    def _encode_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = self.model.encode_images(images).numpy()
+        return rows
 
     def search_text(self, text: str, k: int = 10) -> list[Result]:
         """The ``k`` pictures nearest to a sentence, best first."""
@@ -272,7 +288,13 @@ class SearchEngine:
         groups: list[list[NDArray[np.intp]]],
         count: int,
     ) -> list[list[Result]]:
-        item = cache(self.gallery.snapshot.item)
+        wanted = [hits.ids[n, place] for n, row in enumerate(groups) for group in row for place in group]
+        items = dict(self.gallery.items(np.array(wanted, np.int64)))
+
+        def hit(n: int, place: np.intp) -> Hit:
+            key = int(hits.ids[n, place])
+            return Hit(key, items[key], float(hits.scores[n, place]))
+
         relevance = self.relevance
         probabilities = relevance.probabilities(vectors, hits.scores, count) if relevance else None
         results = []
@@ -282,12 +304,10 @@ class SearchEngine:
             results.append(
                 [
                     Result(
-                        id=int(hits.ids[n, group[0]]),
-                        item=item(int(hits.ids[n, group[0]])),
-                        score=float(hits.scores[n, group[0]]),
+                        **vars(hit(n, group[0])),
                         probability=None if known is None else float(known[group[0]]),
                         likely=None if known is None or not relevance else bool(known[group[0]] >= relevance.cut),
-                        duplicates=tuple(item(int(key)) for key in hits.ids[n, group[1:]]),
+                        duplicates=tuple(hit(n, place) for place in group[1:]),
                     )
                     for group in row
                 ]
@@ -305,6 +325,7 @@ class SearchEngine:
 
     def close(self) -> None:
         """Close the gallery."""
+        self._texts.close()
         self.gallery.close()
 
     def __enter__(self) -> SearchEngine:

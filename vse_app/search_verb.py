@@ -91,7 +91,7 @@ def _queries(args: argparse.Namespace) -> list[Query]:
 def _record(result: Result) -> dict[str, Any]:
     record = {"id": result.id, "path": result.item.path, "score": result.score, "caption": result.item.caption}
     record |= {"probability": result.probability, "likely": result.likely, "metadata": result.item.metadata}
-    return record | {"duplicates": [item.path for item in result.duplicates]}
+    return record | {"duplicates": [hit.item.path for hit in result.duplicates]}
 
 
 def _line(rank: int, result: Result) -> str:

@@ -237,7 +237,7 @@ def test_copies_are_shown_once_and_counted(engine: SearchEngine, photos: list[Pa
     engine.add(copies)
     (found,) = engine.search([Query(image=photos[4])], 7, collapse_at=0.99999)
     assert len(found) == 7  # though ten pictures are there, seven look different
-    assert {found[0].item.path, *(item.path for item in found[0].duplicates)} == {str(photos[4]), *map(str, copies)}
+    assert {found[0].item.path, *(hit.item.path for hit in found[0].duplicates)} == {str(photos[4]), *map(str, copies)}
     assert not any(result.duplicates for result in found[1:])
 
 

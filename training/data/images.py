@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,23 @@ def decode(path: Path) -> Image.Image:
     return _decode(path)[0]
 
 
+def decode_bytes(data: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+    """Decodes a picture that somebody sent, as :func:`decode` does.
+
+    Args:
+        data: The file's content.
+        name: What errors call it.
+        max_pixels: More are refused before decoding.
+        formats: Names that Pillow gives to the formats that are let in.
+
+    Raises:
+        InputError: If it is no such picture, truncated or too large.
+    """
+    if not data:
+        raise InputError(f"{name}: empty file; choose another one")
+    return _open(BytesIO(data), name, max_pixels, formats)[0]
+
+
 def _decode(path: Path) -> tuple[Image.Image, list[str]]:
     """The picture, and a note for every conversion that changes what is seen."""
     try:
@@ -63,22 +81,27 @@ def _decode(path: Path) -> tuple[Image.Image, list[str]]:
             raise InputError(f"{path}: not a file; name a picture")
         if path.stat().st_size == 0:
             raise InputError(f"{path}: empty file; replace or remove it")
-        with Image.open(path, formats=_raster_formats()) as image:
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; check the path") from error
+    return _open(path, str(path), MAX_PIXELS, _raster_formats())
+
+
+def _open(source: Path | BytesIO, name: str, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, list[str]]:
+    try:
+        with Image.open(source, formats=tuple(formats)) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{width}x{height} pixels, limit {MAX_PIXELS}")
+            if width * height > max_pixels:
+                raise Image.DecompressionBombError(f"{width}x{height} pixels, limit {max_pixels}")
             notes = ["several frames: the first is used"] if getattr(image, "is_animated", False) else []
             image.load()
             return _to_rgb(image, notes), notes
-    except InputError:
-        raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a readable picture; convert it to JPEG or PNG, or remove it") from error
+        raise InputError(f"{name}: not a readable picture; convert it to JPEG or PNG, or remove it") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: too large to decode safely ({error}); shrink or remove it") from error
+        raise InputError(f"{name}: too large to decode safely ({error}); shrink or remove it") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble on
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: cannot be decoded ({reason}); replace or remove it") from error
+        raise InputError(f"{name}: cannot be decoded ({reason}); replace or remove it") from error
 
 
 def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:

@@ -1,0 +1,387 @@
+"""The HTTP interface: search, items, audit, health, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from anyio import to_thread
+from fastapi import APIRouter, FastAPI, File, Form, Request, Response, UploadFile
+from fastapi import Path as InPath
+from fastapi import Query as InQuery
+from fastapi.responses import JSONResponse
+from PIL import Image
+from pydantic import BaseModel, Field
+
+from index.errors import GalleryError
+from index.filters import Condition
+from index.items import Item
+from training.data.images import decode
+from training.errors import InputError
+from vse_app.queries import Query
+from vse_app.search_engine import Facts, Result, SearchEngine
+from vse_app.search_service import Busy, Options, SearchService
+from vse_app.uploads import MAX_BYTES, read_upload, to_jpeg
+
+THUMBNAIL, LARGEST = 320, 1600
+"""Sides in pixels of the pictures that are sent: what a list shows, and the most that may be asked for."""
+MOST_RESULTS, MOST_ITEMS, MOST_UPLOADS, MOST_TEXT = 200, 1000, 16, 2000
+MAX_BODY = MAX_BYTES * 4
+"""Bytes of a request."""
+_THUMBNAILS_KEPT = 1024
+
+T = TypeVar("T")
+Id = Annotated[int, InPath(ge=1, lt=1 << 53, description="id of an item")]
+
+
+class Found(BaseModel):
+    """An item that was found."""
+
+    id: int = Field(description="for /items/{id} and for like=")
+    name: str = Field(description="file name")
+    path: str | None = Field(description="where the file is, if the server is for this machine alone")
+    caption: str | None
+    metadata: dict[str, Any]
+    score: float = Field(description="similarity, higher is better")
+    probability: float | None = Field(description="that it is what the text means, if the gallery was calibrated")
+    likely: bool | None = Field(description="whether that reaches the gallery's cut")
+    duplicates: list[int] = Field(description="ids of items that look the same, if those were asked to be collapsed")
+    image: str = Field(description="where the picture is, relative to this server; ?side=320 for a small one")
+
+
+class Answer(BaseModel):
+    """What a search found."""
+
+    results: list[Found] = Field(description="best first")
+    cut: float | None = Field(description="results of at least this probability are likely")
+    milliseconds: float = Field(description="between the request and the answer, in the server")
+
+
+class ItemRecord(BaseModel):
+    """An item of the gallery."""
+
+    id: int
+    name: str
+    path: str | None
+    caption: str | None
+    metadata: dict[str, Any]
+    size: int = Field(description="bytes")
+    sha256: str
+    image: str
+
+
+class Items(BaseModel):
+    """Some items, in order of id."""
+
+    items: list[ItemRecord]
+    total: int = Field(description="how many there are that fulfil the conditions")
+
+
+class Added(BaseModel):
+    """Ids of what was added, in order."""
+
+    ids: list[int]
+
+
+class Removed(BaseModel):
+    """How many items were removed."""
+
+    removed: int
+
+
+class Health(BaseModel):
+    """That the server answers, and for what."""
+
+    status: str
+    pictures: int
+    model: str = Field(description="checksum of the model's weights")
+    version: str
+
+
+class Problem(BaseModel):
+    """What is wrong, and how to mend it, in one line."""
+
+    detail: str
+
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    code: {"model": Problem, "description": text}
+    for code, text in {
+        400: "bad input",
+        401: "a password is needed",
+        403: "not allowed here",
+        404: "no such item",
+        409: "the gallery is being changed by somebody else",
+        413: "too large",
+        422: "bad input",
+        429: "too many requests",
+        503: "too busy",
+    }.items()
+}
+
+
+class Api:
+    """The routes over a search service, and the functions behind them for whoever is in the same process.
+
+    Args:
+        service: What searches.
+        audit: ``audit.json`` of the model, if there is one.
+        read_only: Refuse to add and remove.
+        show_paths: Tell where files are; for servers that only this machine reaches.
+    """
+
+    def __init__(
+        self, service: SearchService, *, audit: Path | None = None, read_only: bool = False, show_paths: bool = False
+    ) -> None:
+        self.service, self.audit_file, self.read_only, self.show_paths = service, audit, read_only, show_paths
+        self.small = lru_cache(_THUMBNAILS_KEPT)(self._picture)
+
+    def install(self, app: FastAPI) -> None:
+        """Add the routes, and one-line answers for everything that is refused."""
+        routes = APIRouter(responses=_REFUSALS)
+        routes.get("/search", response_model=Answer, summary="Search by text, or for more like an item")(self.search)
+        routes.post("/search", response_model=Answer, summary="Search by picture, or by picture and text")(
+            self.search_image
+        )
+        routes.get("/items", response_model=Items, summary="List items")(self.items)
+        routes.post("/items", response_model=Added, summary="Add pictures")(self.add)
+        routes.get("/items/{id}", response_model=ItemRecord, summary="One item")(self.item)
+        routes.delete("/items/{id}", response_model=Removed, summary="Remove an item; its file stays")(self.remove)
+        routes.get(
+            "/items/{id}/image",
+            response_class=Response,
+            responses={200: {"content": {"image/jpeg": {}}, "description": "the picture, without its metadata"}},
+            summary="An item's picture",
+        )(self.picture)
+        routes.get("/audit", summary="How easily the model is fooled: what vse audit measured")(self.audit)
+        routes.get("/health", response_model=Health, summary="Whether the server is well")(self.health)
+        routes.get(
+            "/metrics",
+            response_class=Response,
+            responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format"}},
+            summary="Latency of each stage",
+        )(self.metrics)
+        app.include_router(routes)
+        for kind, status in ((InputError, 400), (GalleryError, 400), (Busy, 503), (_Refused, 0)):
+            app.add_exception_handler(kind, _handler(status))
+
+    async def search(
+        self,
+        text: Annotated[str | None, InQuery(max_length=MOST_TEXT, description="what to look for")] = None,
+        like: Annotated[int | None, InQuery(ge=1, lt=1 << 53, description="id of an item to find the like of")] = None,
+        k: Annotated[int, InQuery(ge=1, le=MOST_RESULTS, description="how many results")] = 10,
+        where: Annotated[
+            list[str], InQuery(max_length=16, description="conditions that must all hold, such as year>=2019")
+        ] = [],  # noqa: B006  (FastAPI copies it)
+        collapse: Annotated[
+            float | None, InQuery(ge=-1, le=1, description="cosine from which pictures count as the same one")
+        ] = None,
+        querybank: Annotated[bool, InQuery(description="push back pictures that come up for everything")] = False,
+    ) -> Response:
+        """Give a text or the id of an item."""
+        return await self._answer(Query(text=text, like=like), _options(k, where, collapse, querybank))
+
+    async def search_image(
+        self,
+        image: Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF or BMP; it is not kept")],
+        text: Annotated[str | None, Form(max_length=MOST_TEXT, description="what to look for besides")] = None,
+        weight: Annotated[float, Form(ge=0, le=1, description="say of the text beside the picture")] = 0.5,
+        k: Annotated[int, Form(ge=1, le=MOST_RESULTS)] = 10,
+        where: Annotated[list[str], Form(max_length=16)] = [],  # noqa: B006
+        collapse: Annotated[float | None, Form(ge=-1, le=1)] = None,
+        querybank: Annotated[bool, Form()] = False,
+    ) -> Response:
+        """Send the picture as a multipart form."""
+        options = _options(k, where, collapse, querybank)
+        picture = await _read(image)
+        return await self._answer(Query(text=text or None, image=picture, weight=weight), options)
+
+    async def items(
+        self,
+        offset: Annotated[int, InQuery(ge=0, lt=1 << 53)] = 0,
+        limit: Annotated[int, InQuery(ge=1, le=MOST_ITEMS)] = 100,
+        where: Annotated[list[str], InQuery(max_length=16)] = [],  # noqa: B006
+    ) -> Response:
+        """All items, or those for which the conditions hold."""
+        conditions = _conditions(where)
+
+        def read(engine: SearchEngine) -> tuple[int, list[tuple[int, Item]]]:
+            gallery = engine.gallery
+            ids = gallery.ids_where(conditions) if conditions else gallery.snapshot.ids()
+            return len(ids), list(gallery.items(ids[offset : offset + limit]))
+
+        total, found = await _soon(self.service.call(read))
+        return _json({"items": [self._record(key, item) for key, item in found], "total": total})
+
+    async def item(self, id: Id) -> Response:
+        """What is known of an item."""
+        return _json(self._record(id, await self._item(id)))
+
+    async def picture(
+        self, id: Id, side: Annotated[int, InQuery(ge=16, le=LARGEST, description="longest side in pixels")] = LARGEST
+    ) -> Response:
+        """As JPEG, drawn anew from the pixels; never the file itself."""
+        item = await self._item(id)
+        read = self.small if side <= THUMBNAIL else self._picture
+        content = await to_thread.run_sync(read, item.path, item.sha256, side)
+        return Response(content, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
+
+    async def add(
+        self,
+        images: Annotated[list[UploadFile], File(min_length=1, max_length=MOST_UPLOADS)],
+        caption: Annotated[str | None, Form(max_length=MOST_TEXT, description="a sentence about all of them")] = None,
+        metadata: Annotated[str, Form(max_length=20_000, description="a JSON object, kept with each of them")] = "{}",
+    ) -> Response:
+        """Send the pictures as a multipart form; they are kept without their metadata, at most 1600 pixels long."""
+        self._refuse_if_read_only()
+        facts = Facts(caption or None, _metadata(metadata))
+        pictures = [await _read(image) for image in images]
+        return _json({"ids": await to_thread.run_sync(_changing, self.service.add, pictures, facts)})
+
+    async def remove(self, id: Id) -> Response:
+        """The file stays where it is, unless it came over this interface."""
+        self._refuse_if_read_only()
+        if not await to_thread.run_sync(_changing, self.service.remove, [id]):
+            raise _Refused(404, f"item {id}: is not in the gallery; list what is with /items")
+        return _json({"removed": 1})
+
+    async def audit(self) -> Response:
+        """The record that ``vse audit`` writes."""
+        return _json(await to_thread.run_sync(self.audit_record))
+
+    def audit_record(self) -> dict[str, Any]:
+        """As :meth:`audit`, for whoever is in the same process."""
+        if not self.audit_file:
+            raise _Refused(404, "there is no audit; make one with vse audit, and serve it with --audit DIR")
+        try:
+            record: dict[str, Any] = json.loads(self.audit_file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise _Refused(404, f"{self.audit_file.name}: cannot be read ({error}); run vse audit again") from error
+        return record
+
+    async def health(self) -> Response:
+        """Answers once the engine does."""
+        return _json(await self.health_record())
+
+    async def health_record(self) -> dict[str, Any]:
+        """As :meth:`health`, for whoever is in the same process."""
+        items, model = await _soon(self.service.call(lambda e: (len(e.gallery), e.gallery.model.get("checksum", ""))))
+        return {"status": "ok", "pictures": items, "model": model, "version": version("vse")}
+
+    async def metrics(self) -> Response:
+        """Counters since the server started."""
+        return Response(self.service.latency.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def record(self, result: Result) -> dict[str, Any]:
+        """A result as :class:`Found`."""
+        return {
+            "id": result.id,
+            **self._known(result.id, result.item),
+            "score": result.score,
+            "probability": result.probability,
+            "likely": result.likely,
+            "duplicates": [hit.id for hit in result.duplicates],
+        }
+
+    async def _answer(self, query: Query, options: Options) -> Response:
+        started = time.perf_counter()
+        results = await _soon(self.service.submit(query, options))
+        milliseconds = 1000 * (time.perf_counter() - started)
+        answer = {"results": [self.record(result) for result in results], "cut": self.service.cut}
+        return _json({**answer, "milliseconds": round(milliseconds, 3)})
+
+    async def _item(self, id: int) -> Item:
+        def read(engine: SearchEngine) -> Item | None:
+            return next((item for _, item in engine.gallery.items(np.array([id]))), None)
+
+        item = await _soon(self.service.call(read))
+        if item is None:
+            raise _Refused(404, f"item {id}: is not in the gallery; list what is with /items")
+        return item
+
+    def _known(self, id: int, item: Item) -> dict[str, Any]:
+        path = Path(item.path)
+        return {
+            "name": path.name,
+            "path": item.path if self.show_paths else None,
+            "caption": item.caption,
+            "metadata": item.metadata,
+            "image": f"items/{id}/image",
+        }
+
+    def _record(self, id: int, item: Item) -> dict[str, Any]:
+        return {"id": id, **self._known(id, item), "size": item.size, "sha256": item.sha256}
+
+    def _picture(self, path: str, sha256: str, side: int) -> bytes:
+        """The checksum is there to tell a file from what it was when it was kept."""
+        with self.service.latency.timed("picture"):
+            image = decode(Path(path))
+            image.thumbnail((side, side))
+            return to_jpeg(image)
+
+    def _refuse_if_read_only(self) -> None:
+        if self.read_only:
+            raise _Refused(403, "this server does not let its gallery be changed")
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, detail: str) -> None:
+        self.status, self.detail = status, detail
+
+
+def _handler(status: int) -> Callable[[Request, Exception], JSONResponse]:
+    def answer(request: Request, error: Exception) -> JSONResponse:
+        code = error.status if isinstance(error, _Refused) else status
+        detail = error.detail if isinstance(error, _Refused) else str(error)
+        return JSONResponse({"detail": detail}, code, {"retry-after": "1"} if code == 503 else None)
+
+    return answer
+
+
+async def _soon(future: Future[T]) -> T:
+    return await asyncio.wrap_future(future)
+
+
+def _changing(change: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return change(*arguments)
+    except GalleryError as error:
+        raise _Refused(409, str(error)) from error
+    except OSError as error:
+        raise _Refused(503, f"cannot be kept: {error.strerror or error}") from error
+
+
+async def _read(upload: UploadFile) -> Image.Image:
+    data = await upload.read(MAX_BYTES + 1)
+    name = Path(upload.filename or "picture").name or "picture"
+    return await to_thread.run_sync(read_upload, data, name[:200])
+
+
+def _conditions(where: list[str]) -> tuple[Condition, ...]:
+    return tuple(Condition.parse(text) for text in where)
+
+
+def _options(k: int, where: list[str], collapse: float | None, querybank: bool) -> Options:
+    return Options(k, _conditions(where), collapse, querybank)
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'metadata: is no JSON ({error}); send an object such as {{"year": 2019}}') from error
+    if not isinstance(record, dict):
+        raise InputError('metadata: send a JSON object such as {"year": 2019}')
+    return record
+
+
+def _json(record: Any) -> Response:
+    return Response(json.dumps(record, ensure_ascii=False, allow_nan=False), media_type="application/json")

@@ -1,0 +1,262 @@
+"""One search engine for many threads: queries that arrive together are answered together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Event, Lock, Thread
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from index.errors import GalleryError
+from index.filters import Condition
+from index.gallery import Gallery
+from training.models.dual_encoder import DualEncoder
+from vse_app.latency import Latency
+from vse_app.queries import Query
+from vse_app.search_engine import Facts, Result, SearchEngine
+from vse_app.uploads import keep_upload
+
+TOGETHER = 32
+"""So many queries are embedded and searched for together at most."""
+WAITING = 512
+"""Requests beyond these are refused."""
+
+T = TypeVar("T")
+
+
+class Busy(RuntimeError):
+    """More is asked than can be answered; try again."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to show of what is found; see :meth:`~vse_app.search_engine.SearchEngine.search`."""
+
+    k: int = 10
+    where: tuple[Condition, ...] = ()
+    collapse_at: float | None = None
+    correct_hubs: bool = False
+
+
+@dataclass(kw_only=True)
+class _Asked(Generic[T]):
+    answer: Future[T] = field(default_factory=Future)
+    since: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(kw_only=True)
+class _Search(_Asked[list[Result]]):
+    query: Query
+    options: Options
+
+
+@dataclass(kw_only=True)
+class _Call(_Asked[Any]):
+    function: Callable[[SearchEngine], Any]
+
+
+class SearchService:
+    """Searches a gallery for any number of threads, follows its changes, and changes it.
+
+    One thread of its own holds the engine. Whatever has arrived while it was at work is embedded and searched for
+    in one go next, so a single client waits for nobody, and many share passes through the text tower. The gallery is
+    open for reading; it is opened for writing only while something is added or removed, so other programs may change
+    it too, and what they change is seen by the next search.
+
+    Attributes:
+        model: What embeds texts and pictures.
+        cut: From this probability on a result is likely; None for a gallery without calibration.
+        corrects_hubs: Whether the gallery has a query bank.
+        closed: Set when the service ends, for whatever else uses its model.
+        uploads: Folder for pictures that come without a file of their own.
+
+    Args:
+        directory: The gallery.
+        latency: Where to count; None counts in an object of its own.
+
+    Raises:
+        GalleryError: If there is no gallery, or it is damaged.
+        InputError: If its model cannot be loaded.
+    """
+
+    def __init__(self, directory: Path, latency: Latency | None = None) -> None:
+        self.directory = directory
+        self.uploads = directory / "uploads"
+        self.latency = latency or Latency()
+        self._engine = SearchEngine.open(directory)
+        try:
+            self.model: DualEncoder = self._engine.model
+        except BaseException:
+            self._engine.close()
+            raise
+        self._follow()
+        self._changing = Lock()
+        self.closed = Event()
+        self._asked: Queue[_Search | _Call | None] = Queue(WAITING)
+        self._thread = Thread(target=self._work, name="search", daemon=True)
+        self._thread.start()
+
+    def submit(self, query: Query, options: Options = Options()) -> Future[list[Result]]:
+        """Ask for the best pictures for a query; the answer is what the engine returns or raises.
+
+        Raises:
+            Busy: If too many are waiting.
+        """
+        asked = _Search(query=query, options=options)
+        self._ask(asked)
+        return asked.answer
+
+    def search(self, query: Query, options: Options = Options()) -> list[Result]:
+        """As :meth:`submit`, waiting for the answer."""
+        return self.submit(query, options).result()
+
+    def call(self, function: Callable[[SearchEngine], T]) -> Future[T]:
+        """Have the engine's thread call a function with the engine, between searches.
+
+        Raises:
+            Busy: If too many are waiting.
+        """
+        asked = _Call(function=function)
+        self._ask(asked)
+        return asked.answer
+
+    def add(self, pictures: Sequence[Image.Image], facts: Facts) -> list[int]:
+        """Keep pictures beside the gallery and add them, in the calling thread; seen by the next search.
+
+        Args:
+            pictures: From :func:`~vse_app.uploads.read_upload`.
+            facts: What to keep with each of them.
+
+        Returns:
+            Their ids; a picture that is there already is not kept twice, but takes the new facts.
+
+        Raises:
+            GalleryError: If another program is writing to the gallery, or the disk is full.
+        """
+        with self._changing:
+            paths = [keep_upload(picture, self.uploads).resolve() for picture in pictures]
+            with Gallery.open(self.directory, writable=True) as gallery:
+                SearchEngine(gallery, self.model).add(paths, dict.fromkeys(paths, facts))
+                return [int(gallery.ids_of([str(path)])[0]) for path in paths]
+
+    def remove(self, ids: Sequence[int]) -> int:
+        """Remove items, as :meth:`add` adds; returns how many were there. Files go only if :meth:`add` kept them.
+
+        Raises:
+            GalleryError: As :meth:`add`.
+        """
+        with self._changing, Gallery.open(self.directory, writable=True) as gallery:
+            paths = [Path(item.path) for _, item in gallery.items(np.array(sorted(set(ids)), np.int64))]
+            count = gallery.remove(ids)
+            for path in paths:
+                if path.parent == self.uploads.resolve():
+                    path.unlink(missing_ok=True)
+        return count
+
+    def close(self) -> None:
+        """Answer what is waiting, then close the gallery."""
+        self.closed.set()
+        if self._thread.is_alive():
+            self._asked.put(None)
+            self._thread.join()
+
+    def __enter__(self) -> SearchService:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _ask(self, asked: _Search | _Call) -> None:
+        if not self._thread.is_alive():
+            raise Busy("the server is shutting down")
+        try:
+            self._asked.put_nowait(asked)
+        except Full:
+            raise Busy(f"{WAITING} requests are waiting already; try again in a second") from None
+
+    def _work(self) -> None:
+        with self._engine:
+            while (first := self._asked.get()) is not None:
+                batch = [first]
+                while len(batch) < TOGETHER:
+                    try:
+                        asked = self._asked.get_nowait()
+                    except Empty:
+                        break
+                    if asked is None:
+                        self._asked.put(None)  # to be met again once these are answered
+                        break
+                    batch.append(asked)
+                self._answer([asked for asked in batch if asked.answer.set_running_or_notify_cancel()])
+
+    def _answer(self, batch: list[_Search | _Call]) -> None:
+        now = time.perf_counter()
+        for asked in batch:
+            self.latency.observe("wait", now - asked.since)
+        try:
+            if self._engine.gallery.refresh():
+                self._follow()
+        except GalleryError as error:
+            for asked in batch:
+                asked.answer.set_exception(error)
+            return
+        searches = [asked for asked in batch if isinstance(asked, _Search)]
+        if searches:
+            self.latency.batch.observe(len(searches))
+            self._search(searches)
+        for asked in batch:
+            if isinstance(asked, _Call):
+                _settle(asked.answer, partial(asked.function, self._engine))
+
+    def _follow(self) -> None:
+        self.latency.pictures.set(len(self._engine.gallery))
+        relevance = self._engine.relevance
+        self.cut = relevance.cut if relevance else None
+        self.corrects_hubs = bool(relevance and relevance.bank)
+
+    def _search(self, searches: list[_Search]) -> None:
+        try:
+            with self.latency.timed("embed"):
+                vectors = self._engine.embed([asked.query for asked in searches])
+        except Exception as error:
+            if len(searches) == 1:
+                searches[0].answer.set_exception(error)
+            else:  # one bad query must not spoil the others
+                for asked in searches:
+                    self._search([asked])
+            return
+        alike: dict[Options, list[int]] = {}
+        for row, asked in enumerate(searches):
+            alike.setdefault(asked.options, []).append(row)
+        for options, rows in alike.items():
+            try:
+                with self.latency.timed("search"):
+                    answers = self._engine.search(
+                        [searches[row].query for row in rows],
+                        options.k,
+                        where=options.where,
+                        collapse_at=options.collapse_at,
+                        correct_hubs=options.correct_hubs,
+                        vectors=vectors[rows],
+                    )
+            except Exception as error:
+                for row in rows:
+                    searches[row].answer.set_exception(error)
+            else:
+                for row, answer in zip(rows, answers, strict=True):
+                    searches[row].answer.set_result(answer)
+
+
+def _settle(answer: Future[Any], function: Callable[[], Any]) -> None:
+    try:
+        answer.set_result(function())
+    except Exception as error:
+        answer.set_exception(error)

@@ -1,0 +1,57 @@
+"""``vse serve``: a gallery as a web page and an API. Heavy imports wait until it is run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+PASSWORD = "VSE_PASSWORD"
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb to the program's subparsers."""
+    verb = verbs.add_parser(
+        "serve",
+        help="a gallery as a web page, an HTTP API and MCP tools",
+        description=f"Search, look and attack in a browser. The environment variable {PASSWORD}=USER:PASSWORD asks "
+        "everybody for a password; set it before you let other machines in with --host 0.0.0.0.",
+    )
+    verb.add_argument("gallery", type=Path)
+    verb.add_argument(
+        "--run",
+        dest="model",
+        type=Path,
+        default=None,
+        metavar="RUN",
+        help="run directory of the model (default: the gallery's)",
+    )
+    verb.add_argument("--audit", type=Path, default=None, help="folder that vse audit wrote (default: RUN/audit)")
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    verb.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
+    verb.add_argument("--read-only", action="store_true", help="let nobody add or remove pictures")
+    verb.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    require_gradio()
+    from vse_app.server import Serving, serve
+
+    password = os.environ.get(PASSWORD) or None
+    serving = Serving(args.gallery, args.model, args.audit, args.host, args.port, args.read_only, password)
+    serve(serving, lambda address: print(f"{args.gallery} is served at {address} (Ctrl+C stops)", flush=True))
+
+
+def require_gradio() -> None:
+    """Check that what the page needs is there.
+
+    Raises:
+        InputError: If it is not, with the mend.
+    """
+    from importlib.util import find_spec
+
+    from training.errors import InputError
+
+    if find_spec("gradio") is None:
+        raise InputError("serve: the page needs Gradio; install it with pip install 'vse[demo]'")

@@ -1,0 +1,135 @@
+"""``vse serve``: the API and the page on one port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from training.errors import InputError
+from vse_app.api import MAX_BODY, Api
+from vse_app.http_guards import Guards
+from vse_app.search_service import SearchService
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PUBLIC_RATE = 20.0
+"""Requests a second from one address, where other machines can reach the server."""
+_GRACE = 5  # seconds for answers that are under way when the server is told to stop
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is served, and to whom.
+
+    Attributes:
+        gallery: Directory of the gallery.
+        run: Run directory of the model, for the model tab; None takes the gallery's model.
+        audit: Folder that ``vse audit`` wrote.
+        host: Address to listen on.
+        port: 0 takes a free one.
+        read_only: Refuse to add and remove.
+        password: ``USER:PASSWORD``; None lets everybody in.
+    """
+
+    gallery: Path
+    run: Path | None = None
+    audit: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 7860
+    read_only: bool = False
+    password: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.password is not None and not all(self.password.partition(":")[::2]):
+            raise InputError("serve: the password is written USER:PASSWORD")
+        if self.audit and not (self.audit / "audit.json").exists():
+            raise InputError(f"{self.audit}: holds no audit.json; give the folder that vse audit wrote")
+
+
+def create_app(service: SearchService, serving: Serving, *, page: bool = True) -> FastAPI:
+    """The whole server as an ASGI application.
+
+    Args:
+        service: What searches.
+        serving: The rest.
+        page: With the web page and the MCP tools, which need Gradio.
+    """
+    local = serving.host in LOOPBACK
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    # FastAPI's pages of documentation load scripts from elsewhere; the schema itself is at /openapi.json.
+    app = FastAPI(
+        title="vse", description="Search photographs by meaning.", docs_url=None, redoc_url=None, lifespan=lifespan
+    )
+    api = Api(
+        service,
+        audit=serving.audit / "audit.json" if serving.audit else None,
+        read_only=serving.read_only,
+        show_paths=local,
+    )
+    api.install(app)
+    if page:
+        from vse_app.web.page import mount_page
+
+        mount_page(app, api, serving)
+    app.add_middleware(
+        Guards,
+        max_body=MAX_BODY,
+        rate=0 if local else PUBLIC_RATE,
+        password=serving.password,
+        answered=service.latency.answered,
+    )
+    return app
+
+
+def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
+    """Serve until interrupted or terminated.
+
+    Args:
+        serving: What to serve.
+        ready: Told the address once the server listens there.
+
+    Raises:
+        GalleryError: If there is no gallery, or it is damaged.
+        InputError: If its model cannot be loaded, or the address is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="vse-serve-") as scratch, SearchService(serving.gallery) as service:
+        # Searches and an attack share the cores better than one of them would use all.
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        os.environ["GRADIO_TEMP_DIR"] = scratch  # what is uploaded to the page goes with the server at the latest
+        app = create_app(service, serving)
+        listener = _listen(serving.host, serving.port)
+        host = f"[{serving.host}]" if ":" in serving.host else serving.host
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE)
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn, once it has stopped, sends itself the signal anew
+            signal.signal(number, lambda *_: None)
+        ready(f"http://{host}:{listener.getsockname()[1]}/")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(
+        family, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )  # named, or asyncio leaves Nagle's delay on
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(512)
+    except OSError as error:
+        listener.close()
+        raise InputError(f"{host}:{port}: {error.strerror}; choose another --host or --port") from error
+    return listener

@@ -1,0 +1,62 @@
+"""Pictures that strangers send: what is let in, and what is kept of it."""
+
+from __future__ import annotations
+
+import hashlib
+from io import BytesIO
+from pathlib import Path
+from threading import BoundedSemaphore
+
+from PIL import Image
+
+from training.data.images import decode_bytes
+from training.errors import InputError
+from training.files import replacing
+
+MAX_BYTES = 20_000_000
+"""Largest file that is accepted."""
+MAX_PIXELS = 40_000_000
+"""Largest picture; a 40-megapixel one takes 120 MB while it is looked at."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What browsers can show; each format less is a parser less that strangers can reach."""
+SIDE = 1600
+"""Longer pictures are shrunk to this when kept: far more than any image tower looks at."""
+
+_decoding = BoundedSemaphore(2)  # bounds memory, whatever arrives at once
+
+
+def read_upload(data: bytes, name: str = "picture") -> Image.Image:
+    """Decode a picture somebody sent to upright RGB, without its metadata, at most :data:`SIDE` pixels long.
+
+    Raises:
+        InputError: If it is larger than the limits, no picture of the accepted formats, or broken.
+    """
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{name}: {len(data) / 1e6:.0f} MB; send at most {MAX_BYTES / 1e6:.0f} MB")
+    with _decoding:
+        image = decode_bytes(data, name, MAX_PIXELS, FORMATS)
+        image.thumbnail((SIDE, SIDE))
+        image.info.clear()  # what is saved next would carry EXIF, comments and colour profiles along
+        return image
+
+
+def keep_upload(image: Image.Image, folder: Path) -> Path:
+    """Write a picture from :func:`read_upload` under a name made from its pixels; the same picture is kept once.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    encoded = to_jpeg(image, quality=95)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(encoded).hexdigest()[:24]}.jpg"
+    if not path.exists():
+        with replacing(path) as temporary:
+            temporary.write_bytes(encoded)
+    return path
+
+
+def to_jpeg(image: Image.Image, quality: int = 85) -> bytes:
+    """The file of a picture, pixels alone."""
+    file = BytesIO()
+    image.save(file, "JPEG", quality=quality, optimize=False)
+    return file.getvalue()

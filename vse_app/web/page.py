@@ -1,0 +1,150 @@
+"""The web page, mounted beside the API on one server."""
+
+from __future__ import annotations
+
+import os
+from asyncio import wrap_future
+from collections.abc import Sequence
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+
+import gradio as gr
+from fastapi import FastAPI
+
+from index.filters import Condition
+from vse_app.api import MOST_RESULTS, Api
+from vse_app.queries import Query
+from vse_app.search_engine import SearchEngine
+from vse_app.search_service import Options
+from vse_app.uploads import MAX_BYTES
+from vse_app.web.model_tab import model_tab
+from vse_app.web.robustness_tab import RobustnessTab
+from vse_app.web.search_tab import SearchTab
+
+if TYPE_CHECKING:
+    from vse_app.server import Serving
+
+HERE = Path(__file__).parent
+EXAMPLES = 6
+_SHORT, _LONG = 12, 70
+UPLOADS_KEPT = 600
+"""Seconds for which what was sent to the page stays on disk."""
+
+
+def mount_page(app: FastAPI, api: Api, serving: Serving) -> None:
+    """Put the page at ``/`` and the MCP tools at ``/gradio_api/mcp/``.
+
+    Args:
+        app: With the API's routes, which come first.
+        api: What the page shows.
+        serving: Where run and audit lie.
+    """
+    gr.mount_gradio_app(
+        app,
+        build_page(api, serving),
+        path="/",
+        theme=_theme(),
+        css_paths=[HERE / "page.css", HERE / "style.css"],
+        head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+        footer_links=[],
+        run_history=False,
+        max_file_size=MAX_BYTES,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=find_spec("mcp") is not None,
+    )
+
+
+def build_page(api: Api, serving: Serving) -> gr.Blocks:
+    """The page's three tabs and the functions that MCP clients call."""
+    info, examples = api.service.call(_facts).result()
+    name = serving.gallery.resolve().name
+    run = serving.run or Path(info["model"]["name"])
+    audit = serving.audit or (run / "audit" if (run / "audit" / "audit.json").exists() else None)
+    with gr.Blocks(title=f"{name} · vse", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT)) as page:
+        gr.HTML(_header(name, info), elem_id="vse-header")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Search", id="search"):
+                search = SearchTab(api, examples)
+            with gr.Tab("Robustness", id="robustness"):
+                robustness = RobustnessTab(api, audit)
+            with gr.Tab("Model", id="model"):
+                model_tab(run if run.is_dir() else None, audit, info)
+        search.connect_page(page)
+        robustness.connect(search, tabs)
+        _tools(api)
+    page.queue(max_size=64)
+    return page
+
+
+def _facts(engine: SearchEngine) -> tuple[dict[str, Any], list[str]]:
+    """What is said of a gallery, and short captions of it, drawn evenly, as examples."""
+    ids = engine.gallery.snapshot.ids()
+    some = ids[:: max(1, len(ids) // (8 * EXAMPLES))]
+    captions = [item.caption for _, item in engine.gallery.items(some) if item.caption]
+    short = [caption for caption in dict.fromkeys(captions) if _SHORT <= len(caption) <= _LONG]
+    return engine.gallery.info(), short[:: max(1, len(short) // EXAMPLES)][:EXAMPLES]
+
+
+def _header(name: str, info: dict[str, Any]) -> str:
+    return (
+        f"<header><h1>{escape(name)}</h1><p>{info['items']:,} pictures, searched by what they show. "
+        "And how easily is that fooled?</p></header>"
+    )
+
+
+def _tools(api: Api) -> None:
+    """What MCP clients and ``gradio_client`` may call; their docstrings become the tools' descriptions."""
+
+    async def answer(query: Query, options: Options) -> list[dict[str, Any]]:
+        return [api.record(result) for result in await wrap_future(api.service.submit(query, options))]
+
+    async def search_pictures(text: str, k: int = 10, where: str = "") -> list[dict[str, Any]]:
+        """Search the picture gallery by a sentence that describes what a picture shows.
+
+        Args:
+            text: What to look for, for example "two dogs play in the snow".
+            k: How many results, 1 to 200.
+            where: Conditions on the pictures, one a line, for example "year>=2019"; empty for none.
+        """
+        conditions = tuple(Condition.parse(line) for line in where.splitlines() if line.strip())
+        options = Options(min(MOST_RESULTS, max(1, k)), conditions)
+        return await answer(Query(text=text), options)
+
+    async def more_like(item: int, k: int = 10) -> list[dict[str, Any]]:
+        """Find pictures that resemble one of the gallery.
+
+        Args:
+            item: Id of the picture, from an earlier search.
+            k: How many results, 1 to 200.
+        """
+        return await answer(Query(like=item), Options(min(MOST_RESULTS, max(1, k))))
+
+    async def audit_record() -> dict[str, Any]:
+        """How easily the search is fooled: what the audit of its model measured, as one JSON object."""
+        return api.audit_record()
+
+    async def health() -> dict[str, Any]:
+        """Whether the server is well: number of pictures, checksum of the model, version."""
+        return await api.health_record()
+
+    for tool in (search_pictures, more_like, audit_record, health):
+        gr.api(tool, concurrency_limit=8)
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts that every machine has: nothing is fetched."""
+    sans: Sequence[str] = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+    mono: Sequence[str] = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=sans, font_mono=mono, radius_size="md")
+    return theme.set(  # darker than Gradio's, whose contrast is too low to read
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+        color_accent="*primary_700",
+    )

@@ -1,0 +1,260 @@
+"""The robustness tab: attack a picture and watch its rank fall."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from PIL import Image
+
+from index.errors import GalleryError
+from training.data.images import decode
+from training.errors import InputError
+from vse_app.api import MOST_TEXT, Api
+from vse_app.attack_case import THREATS, AttackRequest, AttackTarget
+from vse_app.live_attack import Outcome, Progress, Ranked, run
+from vse_app.search_engine import SearchEngine
+from vse_app.search_service import Busy
+from vse_app.web.cards import status
+from vse_app.web.charts import Series, line_chart
+from vse_app.web.upload import Upload, read
+
+if TYPE_CHECKING:
+    from vse_app.web.search_tab import SearchTab
+
+NORMS = {"linf": ("ℓ∞", 1 / 255), "l2": ("ℓ2", 1.0), "l1": ("ℓ1", 100.0), "fourier-linf": ("Fourier-ℓ∞", 1.0)}
+"""What a norm is called, and the ε that one unit of the slider stands for."""
+_FINEST, _COARSEST = 0.125, 16
+
+
+class RobustnessTab:
+    """Built inside ``with gr.Tab``.
+
+    Args:
+        api: Whose model and gallery.
+        audit: Folder that ``vse audit`` wrote, for the model's own curve.
+    """
+
+    def __init__(self, api: Api, audit: Path | None) -> None:
+        self._api, self._model = api, _model_curve(audit)
+        self._target: tuple[Any, AttackTarget] | None = None
+        gr.Markdown(
+            "An attack changes each pixel by at most ε, too little to see, so that the search goes wrong. "
+            "Choose a picture here, or press *Attack* below a search result."
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                self._fields()
+            with gr.Column(scale=3, min_width=320):
+                self.slider = gr.ImageSlider(
+                    label="Before | after", interactive=False, height=380, visible=False, elem_id="vse-slider"
+                )
+                with gr.Row():
+                    self.difference = gr.Image(
+                        label="Difference × 10", interactive=False, height=220, visible=False, buttons=[]
+                    )
+                    self.spectrum = gr.Image(
+                        label="Its spectrum", interactive=False, height=220, visible=False, buttons=[]
+                    )
+                self.save = gr.DownloadButton("Save the attacked picture (PNG)", visible=False, elem_id="vse-png")
+                self.curves = gr.HTML(self._curves(()), elem_id="vse-curves")
+        self.ranks = gr.HTML("", elem_id="vse-ranks")
+        self.item = gr.State(None)
+
+    def _fields(self) -> None:
+        self.chosen = gr.HTML(_chosen(None), elem_id="vse-chosen")
+        self.epsilon = gr.Slider(
+            _FINEST, _COARSEST, 1, step=_FINEST, label=_epsilon_label("linf"), elem_id="vse-epsilon"
+        )
+        with gr.Row():
+            self.go = gr.Button("Attack", variant="primary", elem_id="vse-attack")
+            self.stop = gr.Button("Stop")
+        self.said = gr.HTML(status("Nothing attacked yet."), elem_id="vse-attack-said")
+        self.picture = Upload(
+            sources=["upload", "clipboard"], label="A picture of your own", height=160, elem_id="vse-attack-picture"
+        )
+        threats = [(f"{name}: {text}", name) for name, text in THREATS.items()]
+        self.threat = gr.Radio(threats, value="query-image", label="Threat")
+        self.text = gr.Textbox(
+            "",
+            label="Search to rise or fall in",
+            info="Empty: the picture's own caption",
+            max_length=MOST_TEXT,
+            visible=False,
+        )
+        norms = [(name, key) for key, (name, _) in NORMS.items()]
+        self.norm = gr.Dropdown(norms, value="linf", label="Norm of the change")
+        self.steps = gr.Slider(1, 100, 20, step=1, label="Steps of the attack")
+
+    def connect(self, search: SearchTab, tabs: gr.Tabs) -> None:
+        """React to the *Attack* buttons of the search tab, and to the fields of this one."""
+        private: dict[str, Any] = {"api_visibility": "private"}
+        search.results.click(self._choose, None, [self.item, self.chosen, self.picture, tabs], queue=False, **private)
+        self.picture.upload(lambda: (None, _chosen(None)), None, [self.item, self.chosen], queue=False, **private)
+        self.threat.change(
+            lambda name: gr.update(visible=name != "query-image"), self.threat, self.text, queue=False, **private
+        )
+        self.norm.change(
+            lambda name: gr.update(label=_epsilon_label(name)), self.norm, self.epsilon, queue=False, **private
+        )
+        given = [self.item, self.picture, self.threat, self.text, self.norm, self.epsilon, self.steps]
+        shown = [self.said, self.slider, self.difference, self.spectrum, self.ranks, self.curves, self.save]
+        running = self.go.click(
+            self._attack, given, shown, concurrency_limit=1, concurrency_id="attack", show_progress="hidden", **private
+        )
+        self.stop.click(lambda: status("Stopped."), None, self.said, cancels=[running], queue=False, **private)
+
+    def _choose(self, event: gr.EventData) -> list[Any]:
+        if event.action != "attack":
+            return [gr.skip()] * 4
+        item = int(event.id)
+        return [item, _chosen(item), None, gr.Tabs(selected="robustness")]
+
+    def _attack(
+        self, item: int | None, sent: str | None, threat: str, text: str, norm: str, level: float, steps: float
+    ) -> Iterator[tuple[Any, ...]]:
+        keep = (gr.skip(),) * 6
+        try:
+            if item is None and sent is None:
+                raise InputError("choose a picture first: press Attack below a search result, or send one")
+            request = AttackRequest(threat, norm, level * NORMS[norm][1], int(steps), (text or "").strip() or None)
+            yield status("Preparing: embedding the captions that it is ranked among …"), *keep
+            target, image = self._prepare(item, sent)
+            for found in run(target, image, request, item, self._api.service.closed.is_set):
+                if isinstance(found, Progress):
+                    yield status(f"Step {found.step} of {found.steps}: rank {found.rank:,}"), *keep
+                else:
+                    yield self._outcome(found, request)
+        except (InputError, GalleryError, Busy) as error:
+            yield status(str(error), "error"), *keep
+
+    def _prepare(self, item: int | None, sent: str | None) -> tuple[AttackTarget, Image.Image]:
+        """The gallery as it is now, prepared once for as long as it stays the same."""
+
+        def look(engine: SearchEngine) -> tuple[Any, str | None]:
+            snapshot = engine.gallery.snapshot
+            return snapshot.manifest, snapshot.item(item).path if item is not None else None
+
+        state, path = self._api.service.call(look).result()
+        image = decode(Path(path)) if path is not None else read(sent or "")
+        if self._target is None or self._target[0] != state:
+            self._target = state, self._api.service.call(AttackTarget.of).result()
+        return self._target[1], image
+
+    def _outcome(self, found: Outcome, request: AttackRequest) -> tuple[Any, ...]:
+        file = Path(self.save.GRADIO_CACHE) / f"attacked-{abs(hash((request, found.seconds))):x}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found.adversarial.save(file)
+        return (
+            _verdict(found, request),
+            gr.ImageSlider(value=(found.clean, found.adversarial), visible=True),
+            gr.Image(value=found.difference, visible=True),
+            gr.Image(value=found.spectrum, visible=True),
+            _tables(found),
+            self._curves(found.curve, request),
+            gr.DownloadButton(value=str(file), visible=True),
+        )
+
+    def _curves(self, curve: Sequence[tuple[float, int]], request: AttackRequest | None = None) -> str:
+        parts = [self._model]
+        if request:
+            unit = NORMS[request.norm][1]
+            ranks = Series("rank", [epsilon / unit for epsilon, _ in curve], [float(rank) for _, rank in curve])
+            chart = line_chart(
+                [ranks],
+                title="This picture: rank of the right answer against ε",
+                x_label=_epsilon_label(request.norm),
+                y_label="rank",
+                log_y=True,
+                markers=True,
+            )
+            parts.insert(0, chart)
+        return f'<div class="vse-columns">{"".join(parts)}</div>'
+
+
+def _model_curve(audit: Path | None) -> str:
+    """The model's own ε-curve and whether its checks passed, from the audit's file."""
+    missing = "<p>The model has no audit of this threat yet; <code>vse audit RUN --data DATA</code> makes one.</p>"
+    if audit is None:
+        return missing
+    try:
+        record = json.loads((audit / "audit.json").read_bytes())
+        found = record["threats"].get("query-image")
+        if not found:
+            return missing
+        unit = NORMS[record["config"]["norm"]][1]
+        x = [point["epsilon"] / unit for point in found["curve"]]
+        lines = [Series(f"R@{k}", x, [point[f"r{k}"]["value"] for point in found["curve"]]) for k in (1, 5, 10)]
+        chart = line_chart(
+            lines,
+            title=f"The model: recall (%) of {found['queries']} queries of {record['split']}, "
+            f"{record['images']:,} pictures, {record['captions']:,} captions",
+            x_label=_epsilon_label(record["config"]["norm"]),
+            y_label="recall, %",
+            markers=True,
+        )
+        return f"<div>{chart}{_badge(record['checks'])}</div>"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"<p>The audit cannot be read ({escape(str(error))}); run <code>vse audit</code> again.</p>"
+
+
+def _badge(checks: Sequence[dict[str, Any]]) -> str:
+    passed = sum(bool(check["passed"]) for check in checks)
+    failed = [f"{check['name']}: {check['explanation']}" for check in checks if not check["passed"]]
+    kind = "vse-likely" if not failed else "vse-failed"
+    text = f"{passed} of {len(checks)} checks of the attack pass"
+    why = "".join(f"<br>{escape(line)}" for line in failed)
+    return f'<p><span class="vse-badge {kind}">{text}</span>{why}</p>'
+
+
+def _verdict(found: Outcome, request: AttackRequest) -> str:
+    saved = (
+        "The PNG has the same effect: it survives rounding to 8 bits."
+        if found.survives_8bit
+        else f"Rounded to 8 bits, as the PNG is, the rank is {found.rank_after_8bit:,}."
+    )
+    sizes = (
+        f"ℓ∞ {255 * found.norms['linf']:.2f}/255, ℓ2 {found.norms['l2']:.2f}, ℓ1 {found.norms['l1']:.0f}; "
+        f"{found.seconds:.1f} s"
+    )
+    return (
+        f'<p class="vse-verdict" role="status" aria-live="polite">Rank {found.rank_before:,} '
+        f'<span aria-hidden="true">→</span><span class="vse-hidden">becomes</span> '
+        f"<strong>{found.rank_after:,}</strong> of {found.among:,}</p><p>{saved} Size of the change: {sizes}.</p>"
+    )
+
+
+def _tables(found: Outcome) -> str:
+    before = _table("Before the attack", found.before, after=False)
+    return f'<div class="vse-columns">{before}{_table("After it", found.after, after=True)}</div>'
+
+
+def _table(title: str, rows: Sequence[Ranked], *, after: bool) -> str:
+    body = "".join(
+        f"<tr{' class=vse-own' if row.own else ''}><td>{row.after if after else row.before:,}</td>"
+        f"<td>{escape(row.text)}{' <em>(right answer)</em>' if row.own else ''}</td>"
+        f"<td>{row.score_after if after else row.score_before:.3f}</td>"
+        f"<td>{row.before if after else row.after:,}</td></tr>"
+        for row in rows
+    )
+    other = "was" if after else "becomes"
+    return (
+        f'<div class="vse-scroll" tabindex="0" role="region" aria-label="{title}"><table class="vse-table">'
+        f'<caption>{title}</caption><thead><tr><th scope="col">Rank</th><th scope="col">Found</th>'
+        f'<th scope="col">Score</th><th scope="col">{other}</th></tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _chosen(item: int | None) -> str:
+    if item is None:
+        return ""
+    return f'<figure class="vse-chosen"><img src="items/{item}/image?side=320" alt="The chosen picture"></figure>'
+
+
+def _epsilon_label(norm: str) -> str:
+    name, unit = NORMS[norm]
+    return f"ε, in 1/255 ({name})" if norm == "linf" else f"ε ({name})" if unit == 1 else f"ε, in {unit:g} ({name})"
