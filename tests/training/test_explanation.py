@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from training.data.text import WordTokenizer
 from training.errors import InputError
 from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from training.models.dual_encoder import DualEncoder
-from training.models.explanation import explain, overlay
+from training.models.explanation import Explanation, explain, overlay
 
 WORDS = ["a red disc", "a blue square above a ring"]
 
@@ -53,19 +55,42 @@ def test_words_weigh_what_leaving_them_out_costs(picture: Image.Image) -> None:
     assert alone.word_weights == pytest.approx([alone.score])
 
 
-def test_shares_of_a_linear_tower_sum_to_what_the_patches_add(picture: Image.Image) -> None:
-    """small-cnn's grid goes through a linear head: the map sums to the change against an all-average grid, exactly."""
+def scaled(of: DualEncoder, features: torch.Tensor) -> torch.Tensor:
+    """The embedding before it is scaled, over the length by which it will be."""
+    raw = of.image_tower.head(features)
+    if of.image_tower.absolute:
+        raw = raw.abs()
+    return raw / raw.norm(dim=-1, keepdim=True).detach()
+
+
+def seen(found: Explanation) -> torch.Tensor:
+    return torch.from_numpy(np.array(found.view)).permute(2, 0, 1)[None]
+
+
+def test_shares_of_a_long_vector_and_the_bias_sum_to_the_dot_product(picture: Image.Image) -> None:
+    """small-cnn's grid goes through a linear head: map, bias and an all-average grid make up the score, exactly."""
     of = model()
-    of.image_tower.config = ImageTowerConfig(**(vars(of.image_tower.config) | {"normalise": False}))
+    torch.nn.init.normal_(of.image_tower.head[-1].bias)
     found = explain(of, picture, "a red disc")
     with torch.no_grad():
-        pixels = torch.from_numpy(np.array(found.view)).permute(2, 0, 1)[None]
-        grid = of.image_tower.backbone(pixels, None)[0].view(1, 128, 3, 3)
-        flat = grid.mean((2, 3), keepdim=True).expand_as(grid).reshape(1, -1)
-        text = of.encode_texts(["a red disc"])
-        change = (of.image_tower.project(grid.flatten(1)) - of.image_tower.project(flat)) @ text.T
+        grid = of.image_tower.backbone(seen(found), None)[0].view(1, 128, 3, 3)
+        average = grid.mean((2, 3), keepdim=True).expand_as(grid).flatten(1)
+        length = of.image_tower.head(grid.flatten(1)).norm()
+        constant = of.image_tower.head(average) @ of.encode_texts(["a red disc"]).T / length
     assert found.heat.shape == (3, 3)
-    assert found.heat.sum() == pytest.approx(float(change), abs=1e-4)
+    assert found.heat.sum() + float(constant) == pytest.approx(found.score, abs=1e-5)
+
+
+def test_shares_under_mean_pooling_are_what_each_patch_alone_would_score(picture: Image.Image) -> None:
+    of = model(encoder="torchvision:resnet18@none", size=96)
+    torch.nn.init.normal_(of.image_tower.head[-1].bias)
+    found = explain(of, picture, "a red disc")
+    with torch.no_grad():
+        patches = of.image_tower.backbone(seen(found), None)[0][0]  # (9, F)
+        dots = of.image_tower.head(patches) @ of.encode_texts(["a red disc"])[0]  # (9,)
+        length = of.image_tower.head(patches.mean(0)).norm()
+    np.testing.assert_allclose(found.heat.ravel(), (dots - dots.mean()) / (9 * length), atol=1e-5)
+    assert float(dots.mean() / length) == pytest.approx(found.score, abs=1e-5)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "order"])
@@ -73,17 +98,26 @@ def test_maps_equal_one_backward_pass_per_text(similarity: str, picture: Image.I
     of = model(similarity)
     text = "a blue square"
     found = explain(of, picture, text)
-    pixels = torch.from_numpy(np.array(found.view)).permute(2, 0, 1)[None]
     maps = []
     for words in (text, "blue square", "a square", "a blue"):
-        grid = of.image_tower.backbone(pixels, None)[0].detach().view(1, 128, 3, 3).requires_grad_()
-        embedding = of.image_tower.project(grid.flatten(1))
-        of.similarity.pairs(embedding, of.encode_texts([words])).sum().backward()
+        grid = of.image_tower.backbone(seen(found), None)[0].detach().view(1, 128, 3, 3).requires_grad_()
+        of.similarity.pairs(scaled(of, grid.flatten(1)), of.encode_texts([words])).sum().backward()
         assert grid.grad is not None
         maps.append(((grid - grid.mean((2, 3), keepdim=True)) * grid.grad).sum(1)[0].detach().numpy())
     np.testing.assert_allclose(found.heat, maps[0], atol=1e-5)
     for n in range(3):
         np.testing.assert_allclose(found.word_heat[n], maps[0] - maps[n + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "order"])
+@pytest.mark.parametrize("pooling", ["max", "mean+max", "gpo"])
+def test_any_pooling_and_head(similarity: str, pooling: str, picture: Image.Image) -> None:
+    of = model(similarity, encoder="torchvision:resnet18@none", size=96, pooling=pooling, head="mlp", hidden=16)
+    found = explain(of, picture, "a red disc")
+    direct = of.similarity.scores(of.encode_images([picture]), of.encode_texts(["a red disc"]))
+    assert found.score == pytest.approx(float(direct), abs=1e-5)
+    assert np.isfinite(found.word_heat).all()
+    assert found.heat.any()
 
 
 def test_the_patch_with_the_evidence_is_found() -> None:
@@ -113,12 +147,36 @@ def test_what_cannot_be_explained(picture: Image.Image) -> None:
         explain(model(size=16), picture, "disc")
 
 
-def test_nothing_is_left_behind(picture: Image.Image) -> None:
-    of = model()
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_is_left_behind(training: bool, picture: Image.Image) -> None:
+    of = model().train(training)
+    before = of.fingerprint()
     explain(of, picture, "a red disc")
     assert all(parameter.grad is None for parameter in of.parameters())
-    assert not of.training
-    assert not of.image_tower.backbone.network[-1]._forward_pre_hooks
+    assert all(module.training == training for module in of.modules())
+    assert of.image_tower.config.normalise
+    assert of.fingerprint() == before
+
+
+def test_searches_at_the_same_time_do_not_disturb(picture: Image.Image) -> None:
+    """Another thread's pictures go through the same layers between ours."""
+    of = model()
+    alone = explain(of, picture, "a red disc")
+    others = [Image.new("RGB", (48, 48), (shade, 0, 0)) for shade in (0, 90, 250)]
+    over = threading.Event()
+
+    def search() -> None:
+        while not over.is_set():
+            of.encode_images(others)
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    try:
+        for _ in range(50):
+            np.testing.assert_allclose(explain(of, picture, "a red disc").heat, alone.heat, atol=1e-5)
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_a_hub_network_with_several_layers(
@@ -136,6 +194,20 @@ def test_a_hub_network_with_several_layers(
     found = explain(of, picture, "a blue square")
     assert (found.heat.shape, found.word_heat.shape) == ((2, 2), (3, 2, 2))
     assert found.heat.any()
+
+
+def test_class_tokens_are_no_patches(picture: Image.Image, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.ViTModel(transformers.ViTConfig(image_size=48, patch_size=16, **sizes)).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path)
+    of = model(encoder=f"hf:{tmp_path}", size=48)
+    found = explain(of, picture, "a red disc")
+    with torch.no_grad():
+        tokens = of.image_tower.backbone(seen(found), None)[0][0]  # (1 + 9, F)
+        raw = of.image_tower.head(tokens)
+        dots = raw[1:] @ of.encode_texts(["a red disc"])[0]
+    share = (dots - dots.mean()) / (10 * raw.mean(0).norm())
+    np.testing.assert_allclose(found.heat, share.view(3, 3), atol=1e-5)
 
 
 def test_overlay_is_bright_where_the_heat_is() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
+from training.models.image_tower import PixelBackbone
 from training.models.pooling import PARAMETER_FREE
 from training.models.tower import Tower, evaluating
 
@@ -48,9 +50,10 @@ def explain(model: DualEncoder, image: Image.Image, text: str) -> Explanation:
 
     Words are left out one at a time, exactly. Patches are credited to first order: the gradient of the score with
     respect to a patch's features before pooling, times what sets these apart from the picture's average patch
-    (gradient × input with a baseline). With mean pooling and a linear head this is the exact share of each patch in
-    the score, up to the length to which embeddings are scaled; maxima credit the patch that holds them. One forward
-    pass of the image tower, and a backward pass through pooling and head alone.
+    (gradient × input with a baseline). The length by which the embedding is divided is held fixed: its gradient takes
+    from a patch what points along the embedding, which is what the patch shares with the rest of the picture. With
+    mean pooling and a linear head this is the exact share of each patch in the score; maxima credit the patch that
+    holds them. One forward pass of the image tower, and a backward pass through pooling and head alone.
 
     Args:
         model: Its image tower must see pixels and end in a grid of patches.
@@ -74,6 +77,8 @@ def explain(model: DualEncoder, image: Image.Image, text: str) -> Explanation:
         with torch.enable_grad():
             tokens = tokens.detach().requires_grad_()
             embedding = embed(tokens)  # (1, D)
+            if tower.config.normalise:
+                embedding = embedding / embedding.detach().norm().clamp_min(1e-12)
             point = embedding.detach().expand_as(texts).clone().requires_grad_()
             scores = similarity.pairs(point, texts)  # (W + 1,)
             slopes = torch.autograd.grad(scores.sum(), point)[0]  # (W + 1, D)
@@ -94,8 +99,13 @@ def explain(model: DualEncoder, image: Image.Image, text: str) -> Explanation:
 
 
 def overlay(view: Image.Image, heat: NDArray[np.float32], side: int = 384) -> Image.Image:
-    """The picture, bright and warm where the heat is positive, dim elsewhere; ``side`` pixels square."""
-    strength = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1).astype(np.float32)
+    """The picture, bright and warm where the heat is positive, dim elsewhere; ``side`` pixels square.
+
+    A patch is shown with its neighbours' mean, because its features come from a wider part of the picture than it
+    covers.
+    """
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(heat, 1, mode="edge"), (3, 3)).mean((-2, -1))  # (h, w)
+    strength = np.clip(around / max(float(around.max()), 1e-12), 0, 1).astype(np.float32)
     smooth = Image.fromarray(strength).resize((side, side), Image.Resampling.BICUBIC)
     share = np.clip(np.asarray(smooth), 0, 1)[..., None]  # (side, side, 1)
     pixels = np.asarray(view.resize((side, side), Image.Resampling.BICUBIC), np.float32)
@@ -104,24 +114,24 @@ def overlay(view: Image.Image, heat: NDArray[np.float32], side: int = 384) -> Im
 
 
 def _patches(tower: Tower, pixels: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Features of the patches ``(1, T, F)``, and the way from there to the embedding ``(1, D)``."""
-    network = getattr(tower.backbone, "network", None)
-    flatten = network[-1] if isinstance(network, nn.Sequential) and isinstance(network[-1], nn.Flatten) else None
-    grids: list[Tensor] = []
-    hook = flatten.register_forward_pre_hook(lambda _, given: grids.append(given[0])) if flatten else None
-    try:
-        tokens, _ = tower.backbone(pixels, None)
-    finally:
-        if hook:
-            hook.remove()
+    """Features of the patches ``(1, T, F)``, and the way from there to the embedding ``(1, D)``, its length kept."""
+    backbone, unscaled = tower.backbone, copy(tower)
+    unscaled.config = replace(tower.config, normalise=False)
+    pool = PARAMETER_FREE.get(tower.config.pooling)
 
     def pooled(tokens: Tensor) -> Tensor:
-        pool = PARAMETER_FREE.get(tower.config.pooling)
-        return tower.project(pool(tokens, None) if pool else tokens)
+        return unscaled.project(pool(tokens, None) if pool else tokens)
 
-    if grids:  # one long vector, channel by channel
-        return grids[0].flatten(2).transpose(1, 2), lambda patches: pooled(patches.transpose(1, 2).flatten(1)[:, None])
-    return tokens, pooled
+    if (
+        isinstance(backbone, PixelBackbone)
+        and isinstance(network := backbone.network, nn.Sequential)
+        and isinstance(network[-1], nn.Flatten)
+    ):
+        # The same layers but the last: a hook would also hear what other threads encode meanwhile.
+        grid = PixelBackbone(network[:-1], backbone.dim, backbone.preprocessing).to(pixels.device)
+        # One long vector, channel by channel.
+        return grid(pixels).values, lambda patches: pooled(patches.transpose(1, 2).flatten(1)[:, None])
+    return backbone(pixels, None)[0], pooled
 
 
 def _side(tokens: int) -> int:
