@@ -137,7 +137,7 @@ class QueryImage(Threat):
         scores, own = self.similarity.scores(embeddings, self.gallery), self.own[rows]
         best = scores.masked_fill(~own, -torch.inf).amax(1)  # (b,)
         others = scores.masked_fill(own, -torch.inf)
-        count = min(max(goal, 4), scores.shape[1])
+        count = min(max(goal, 4), int((~own).sum(1).min()))  # a small gallery may have fewer competitors
         top = others.topk(count).values  # (b, count), best first
         done = (top[:, :goal] >= best[:, None]).sum(1) >= min(goal, count)
         if loss == "margin":

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 NORMS = {"linf": ("ℓ∞", 1 / 255), "l2": ("ℓ2", 1.0), "l1": ("ℓ1", 100.0), "fourier-linf": ("Fourier-ℓ∞", 1.0)}
 """What a norm is called, and the ε that one unit of the slider stands for."""
+_LARGE = 256
 _FINEST, _COARSEST = 0.125, 16
 
 
@@ -68,7 +69,7 @@ class RobustnessTab:
     def _fields(self) -> None:
         self.chosen = gr.HTML(_chosen(None), elem_id="vse-chosen")
         self.epsilon = gr.Slider(
-            _FINEST, _COARSEST, 1, step=_FINEST, label=_epsilon_label("linf"), elem_id="vse-epsilon"
+            _FINEST, _COARSEST, 4, step=_FINEST, label=_epsilon_label("linf"), elem_id="vse-epsilon"
         )
         with gr.Row():
             self.go = gr.Button("Attack", variant="primary", elem_id="vse-attack")
@@ -150,10 +151,10 @@ class RobustnessTab:
         file.parent.mkdir(parents=True, exist_ok=True)
         found.adversarial.save(file)
         return (
-            _verdict(found, request),
+            _verdict(found),
             gr.ImageSlider(value=(found.clean, found.adversarial), visible=True),
-            gr.Image(value=found.difference, visible=True),
-            gr.Image(value=found.spectrum, visible=True),
+            gr.Image(value=_enlarged(found.difference), visible=True),
+            gr.Image(value=_enlarged(found.spectrum), visible=True),
             _tables(found),
             self._curves(found.curve, request),
             gr.DownloadButton(value=str(file), visible=True),
@@ -211,12 +212,13 @@ def _badge(checks: Sequence[dict[str, Any]]) -> str:
     return f'<p><span class="vse-badge {kind}">{text}</span>{why}</p>'
 
 
-def _verdict(found: Outcome, request: AttackRequest) -> str:
-    saved = (
-        "The PNG has the same effect: it survives rounding to 8 bits."
-        if found.survives_8bit
-        else f"Rounded to 8 bits, as the PNG is, the rank is {found.rank_after_8bit:,}."
-    )
+def _verdict(found: Outcome) -> str:
+    if found.rank_after == found.rank_before:
+        saved = "This attack has changed nothing; a larger ε might."
+    elif found.survives_8bit:
+        saved = "The effect survives rounding to 8 bits, as in the PNG."
+    else:
+        saved = f"Rounded to 8 bits, as in the PNG, the rank is {found.rank_after_8bit:,}."
     sizes = (
         f"ℓ∞ {255 * found.norms['linf']:.2f}/255, ℓ2 {found.norms['l2']:.2f}, ℓ1 {found.norms['l1']:.0f}; "
         f"{found.seconds:.1f} s"
@@ -226,6 +228,12 @@ def _verdict(found: Outcome, request: AttackRequest) -> str:
         f'<span aria-hidden="true">→</span><span class="vse-hidden">becomes</span> '
         f"<strong>{found.rank_after:,}</strong> of {found.among:,}</p><p>{saved} Size of the change: {sizes}.</p>"
     )
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """Pixels of small pictures as squares that can be seen."""
+    times = max(1, _LARGE // picture.width)
+    return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
 
 
 def _tables(found: Outcome) -> str:
