@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -79,28 +80,30 @@ class SearchEngine:
         gallery: Open for reading, or for writing if pictures are to be added.
         model: The dual encoder; its checksum must be the gallery's. None loads the one that the gallery names
             when it is first needed.
+        bfloat16: Embed texts in bfloat16, for processors that are faster at it; scores change in the third decimal.
 
     Raises:
         GalleryError: If the gallery was built with another model.
     """
 
-    def __init__(self, gallery: Gallery, model: DualEncoder | None = None) -> None:
+    def __init__(self, gallery: Gallery, model: DualEncoder | None = None, *, bfloat16: bool = False) -> None:
         if model:
             gallery.check_model(model.fingerprint())
         self.gallery = gallery
         self._model = model
-        self._texts = TextCache(lambda texts: self.model.encode_texts(texts).numpy())
+        self._bfloat16 = bfloat16
+        self._texts = TextCache(self._encode_texts)
         self._relevance: Relevance | None = None
         self._relevance_part: Part | None = None
 
     @classmethod
-    def open(cls, directory: Path, *, writable: bool = False) -> SearchEngine:
+    def open(cls, directory: Path, *, writable: bool = False, bfloat16: bool = False) -> SearchEngine:
         """A gallery with the model named in it.
 
         Raises:
             GalleryError: If there is no gallery, it is damaged or in use.
         """
-        return cls(Gallery.open(directory, writable=writable))
+        return cls(Gallery.open(directory, writable=writable), bfloat16=bfloat16)
 
     @classmethod
     def open_or_create(cls, directory: Path, model: Path | None) -> SearchEngine:
@@ -227,6 +230,11 @@ class SearchEngine:
             InputError: If a query is empty or its picture cannot be read.
         """
         return embed(queries, self.gallery, self._texts, self._encode_images, lambda: self.background)
+
+    def _encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bfloat16):
+            rows: NDArray[np.float32] = self.model.encode_texts(texts).numpy()
+        return rows
 
     def _encode_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         rows: NDArray[np.float32] = self.model.encode_images(images).numpy()

@@ -81,17 +81,18 @@ class SearchService:
     Args:
         directory: The gallery.
         latency: Where to count; None counts in an object of its own.
+        bfloat16: See :class:`~vse_app.search_engine.SearchEngine`.
 
     Raises:
         GalleryError: If there is no gallery, or it is damaged.
         InputError: If its model cannot be loaded.
     """
 
-    def __init__(self, directory: Path, latency: Latency | None = None) -> None:
+    def __init__(self, directory: Path, latency: Latency | None = None, *, bfloat16: bool = False) -> None:
         self.directory = directory
         self.uploads = directory / "uploads"
         self.latency = latency or Latency()
-        self._engine = SearchEngine.open(directory)
+        self._engine = SearchEngine.open(directory, bfloat16=bfloat16)
         try:
             self.model: DualEncoder = self._engine.model
         except BaseException:

@@ -37,6 +37,7 @@ class Serving:
         host: Address to listen on.
         port: 0 takes a free one.
         read_only: Refuse to add and remove.
+        bfloat16: See :class:`~vse_app.search_engine.SearchEngine`.
         password: ``USER:PASSWORD``; None lets everybody in.
     """
 
@@ -46,6 +47,7 @@ class Serving:
     host: str = "127.0.0.1"
     port: int = 7860
     read_only: bool = False
+    bfloat16: bool = False
     password: str | None = None
 
     def __post_init__(self) -> None:
@@ -106,7 +108,10 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
         GalleryError: If there is no gallery, or it is damaged.
         InputError: If its model cannot be loaded, or the address is taken.
     """
-    with tempfile.TemporaryDirectory(prefix="vse-serve-") as scratch, SearchService(serving.gallery) as service:
+    with (
+        tempfile.TemporaryDirectory(prefix="vse-serve-") as scratch,
+        SearchService(serving.gallery, bfloat16=serving.bfloat16) as service,
+    ):
         # Searches and an attack share the cores better than one of them would use all.
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         os.environ["GRADIO_TEMP_DIR"] = scratch  # what is uploaded to the page goes with the server at the latest
