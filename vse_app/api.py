@@ -170,7 +170,7 @@ class Api:
             summary="Latency of each stage",
         )(self.metrics)
         app.include_router(routes)
-        for kind, status in ((InputError, 400), (GalleryError, 400), (Busy, 503), (_Refused, 0)):
+        for kind, status in ((InputError, 400), (GalleryError, 400), (Busy, 503), (Refused, 0)):
             app.add_exception_handler(kind, _handler(status))
 
     async def search(
@@ -250,7 +250,7 @@ class Api:
         """The file stays where it is, unless it came over this interface."""
         self._refuse_if_read_only()
         if not await to_thread.run_sync(_changing, self.service.remove, [id]):
-            raise _Refused(404, f"item {id}: is not in the gallery; list what is with /items")
+            raise Refused(404, f"item {id}: is not in the gallery; list what is with /items")
         return _json({"removed": 1})
 
     async def audit(self) -> Response:
@@ -260,11 +260,11 @@ class Api:
     def audit_record(self) -> dict[str, Any]:
         """As :meth:`audit`, for whoever is in the same process."""
         if not self.audit_file:
-            raise _Refused(404, "there is no audit; make one with vse audit, and serve it with --audit DIR")
+            raise Refused(404, "there is no audit; make one with vse audit, and serve it with --audit DIR")
         try:
             record: dict[str, Any] = json.loads(self.audit_file.read_bytes())
         except (OSError, ValueError) as error:
-            raise _Refused(404, f"{self.audit_file.name}: cannot be read ({error}); run vse audit again") from error
+            raise Refused(404, f"{self.audit_file.name}: cannot be read ({error}); run vse audit again") from error
         return record
 
     async def health(self) -> Response:
@@ -304,7 +304,7 @@ class Api:
 
         item = await _soon(self.service.call(read))
         if item is None:
-            raise _Refused(404, f"item {id}: is not in the gallery; list what is with /items")
+            raise Refused(404, f"item {id}: is not in the gallery; list what is with /items")
         return item
 
     def _known(self, id: int, item: Item) -> dict[str, Any]:
@@ -329,19 +329,21 @@ class Api:
 
     def _refuse_if_read_only(self) -> None:
         if self.read_only:
-            raise _Refused(403, "this server does not let its gallery be changed")
+            raise Refused(403, "this server does not let its gallery be changed")
 
 
-class _Refused(Exception):
+class Refused(ValueError):
+    """A request that is answered with this status and one line."""
+
     def __init__(self, status: int, detail: str) -> None:
-        self.status, self.detail = status, detail
+        super().__init__(detail)
+        self.status = status
 
 
 def _handler(status: int) -> Callable[[Request, Exception], JSONResponse]:
     def answer(request: Request, error: Exception) -> JSONResponse:
-        code = error.status if isinstance(error, _Refused) else status
-        detail = error.detail if isinstance(error, _Refused) else str(error)
-        return JSONResponse({"detail": detail}, code, {"retry-after": "1"} if code == 503 else None)
+        code = error.status if isinstance(error, Refused) else status
+        return JSONResponse({"detail": str(error)}, code, {"retry-after": "1"} if code == 503 else None)
 
     return answer
 
@@ -354,9 +356,9 @@ def _changing(change: Callable[..., T], *arguments: Any) -> T:
     try:
         return change(*arguments)
     except GalleryError as error:
-        raise _Refused(409, str(error)) from error
+        raise Refused(409, str(error)) from error
     except OSError as error:
-        raise _Refused(503, f"cannot be kept: {error.strerror or error}") from error
+        raise Refused(503, f"cannot be kept: {error.strerror or error}") from error
 
 
 async def _read(upload: UploadFile) -> Image.Image:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class Serving:
     Attributes:
         gallery: Directory of the gallery.
         run: Run directory of the model, for the model tab; None takes the gallery's model.
-        audit: Folder that ``vse audit`` wrote.
+        audit: Folder that ``vse audit`` wrote; None takes the run's, if there is one.
         host: Address to listen on.
         port: 0 takes a free one.
         read_only: Refuse to add and remove.
@@ -76,6 +77,9 @@ def create_app(service: SearchService, serving: Serving, *, page: bool = True) -
     app = FastAPI(
         title="vse", description="Search photographs by meaning.", docs_url=None, redoc_url=None, lifespan=lifespan
     )
+    run = serving.run or Path(service.call(lambda engine: engine.gallery.model["name"]).result())
+    found = run / "audit" if (run / "audit" / "audit.json").exists() else None
+    serving = replace(serving, run=run if run.is_dir() else None, audit=serving.audit or found)
     api = Api(
         service,
         audit=serving.audit / "audit.json" if serving.audit else None,
@@ -122,7 +126,10 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn, once it has stopped, sends itself the signal anew
             signal.signal(number, lambda *_: None)
         ready(f"http://{host}:{listener.getsockname()[1]}/")
-        uvicorn.Server(config).run(sockets=[listener])
+        server = uvicorn.Server(config)
+        # Pages that are still open when it stops are cut off, which is no error.
+        logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+        server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from asyncio import wrap_future
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,14 +18,14 @@ import gradio as gr
 from fastapi import FastAPI
 
 from index.filters import Condition
-from vse_app.api import MOST_RESULTS, Api
+from vse_app.api import MOST_RESULTS, Api, Refused
 from vse_app.queries import Query
 from vse_app.search_engine import SearchEngine
 from vse_app.search_service import Options
 from vse_app.uploads import MAX_BYTES
 from vse_app.web.model_tab import model_tab
 from vse_app.web.robustness_tab import RobustnessTab
-from vse_app.web.search_tab import SearchTab
+from vse_app.web.search_tab import REFUSALS, SearchTab
 
 if TYPE_CHECKING:
     from vse_app.server import Serving
@@ -63,17 +65,15 @@ def build_page(api: Api, serving: Serving) -> gr.Blocks:
     """The page's three tabs and the functions that MCP clients call."""
     info, examples = api.service.call(_facts).result()
     name = serving.gallery.resolve().name
-    run = serving.run or Path(info["model"]["name"])
-    audit = serving.audit or (run / "audit" if (run / "audit" / "audit.json").exists() else None)
     with gr.Blocks(title=f"{name} · vse", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT)) as page:
         gr.HTML(_header(name, info), elem_id="vse-header")
         with gr.Tabs() as tabs:
             with gr.Tab("Search", id="search"):
                 search = SearchTab(api, examples)
             with gr.Tab("Robustness", id="robustness"):
-                robustness = RobustnessTab(api, audit)
+                robustness = RobustnessTab(api, serving.audit)
             with gr.Tab("Model", id="model"):
-                model_tab(run if run.is_dir() else None, audit, info)
+                model_tab(serving.run, serving.audit, info)
         search.connect_page(page)
         robustness.connect(search, tabs)
         _tools(api)
@@ -98,12 +98,15 @@ def _header(name: str, info: dict[str, Any]) -> str:
 
 
 def _tools(api: Api) -> None:
-    """What MCP clients and ``gradio_client`` may call; their docstrings become the tools' descriptions."""
+    """What MCP clients and ``gradio_client`` may call; their docstrings become the tools' descriptions.
 
-    async def answer(query: Query, options: Options) -> list[dict[str, Any]]:
-        return [api.record(result) for result in await wrap_future(api.service.submit(query, options))]
+    They answer with JSON as text, because Gradio would hand objects to MCP clients as Python writes them.
+    """
 
-    async def search_pictures(text: str, k: int = 10, where: str = "") -> list[dict[str, Any]]:
+    async def answer(query: Query, options: Options) -> str:
+        return json.dumps([api.record(result) for result in await wrap_future(api.service.submit(query, options))])
+
+    async def search_pictures(text: str, k: int = 10, where: str = "") -> str:
         """Search the picture gallery by a sentence that describes what a picture shows.
 
         Args:
@@ -115,7 +118,7 @@ def _tools(api: Api) -> None:
         options = Options(min(MOST_RESULTS, max(1, k)), conditions)
         return await answer(Query(text=text), options)
 
-    async def more_like(item: int, k: int = 10) -> list[dict[str, Any]]:
+    async def more_like(item: int, k: int = 10) -> str:
         """Find pictures that resemble one of the gallery.
 
         Args:
@@ -124,16 +127,29 @@ def _tools(api: Api) -> None:
         """
         return await answer(Query(like=item), Options(min(MOST_RESULTS, max(1, k))))
 
-    async def audit_record() -> dict[str, Any]:
+    async def audit_record() -> str:
         """How easily the search is fooled: what the audit of its model measured, as one JSON object."""
-        return api.audit_record()
+        return json.dumps(api.audit_record())
 
-    async def health() -> dict[str, Any]:
+    async def health() -> str:
         """Whether the server is well: number of pictures, checksum of the model, version."""
-        return await api.health_record()
+        return json.dumps(await api.health_record())
 
     for tool in (search_pictures, more_like, audit_record, health):
-        gr.api(tool, concurrency_limit=8)
+        gr.api(_refusing(tool), concurrency_limit=8)
+
+
+def _refusing(tool: Callable[..., Awaitable[str]]) -> Callable[..., Awaitable[str]]:
+    """The tool, saying what was wrong with a call in one line and without a trace in the log."""
+
+    @wraps(tool)
+    async def refusing(*arguments: Any, **named: Any) -> str:
+        try:
+            return await tool(*arguments, **named)
+        except (*REFUSALS, Refused) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return refusing
 
 
 def _theme() -> gr.themes.Base:
