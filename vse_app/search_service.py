@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from index.errors import GalleryError
 from index.filters import Condition
 from index.gallery import Gallery
 from training.models.dual_encoder import DualEncoder
@@ -99,7 +98,7 @@ class SearchService:
             self._engine.close()
             raise
         self._follow()
-        self._changing = Lock()
+        self._changing, self._asking = Lock(), Lock()
         self.closed = Event()
         self._asked: Queue[_Search | _Call | None] = Queue(WAITING)
         self._thread = Thread(target=self._work, name="search", daemon=True)
@@ -164,7 +163,8 @@ class SearchService:
 
     def close(self) -> None:
         """Answer what is waiting, then close the gallery."""
-        self.closed.set()
+        with self._asking:  # so that nothing is asked once the thread has been told to end
+            self.closed.set()
         if self._thread.is_alive():
             self._asked.put(None)
             self._thread.join()
@@ -176,12 +176,13 @@ class SearchService:
         self.close()
 
     def _ask(self, asked: _Search | _Call) -> None:
-        if not self._thread.is_alive():
-            raise Busy("the server is shutting down")
-        try:
-            self._asked.put_nowait(asked)
-        except Full:
-            raise Busy(f"{WAITING} requests are waiting already; try again in a second") from None
+        with self._asking:
+            if self.closed.is_set():
+                raise Busy("the server is shutting down")
+            try:
+                self._asked.put_nowait(asked)
+            except Full:
+                raise Busy(f"{WAITING} requests are waiting already; try again in a second") from None
 
     def _work(self) -> None:
         with self._engine:
@@ -205,7 +206,7 @@ class SearchService:
         try:
             if self._engine.gallery.refresh():
                 self._follow()
-        except GalleryError as error:
+        except Exception as error:  # whatever it is, it must not end the thread that all wait for
             for asked in batch:
                 asked.answer.set_exception(error)
             return
@@ -234,10 +235,11 @@ class SearchService:
                 for asked in searches:
                     self._search([asked])
             return
-        alike: dict[Options, list[int]] = {}
+        alike: dict[str, list[int]] = {}
         for row, asked in enumerate(searches):
-            alike.setdefault(asked.options, []).append(row)
-        for options, rows in alike.items():
+            alike.setdefault(repr(asked.options), []).append(row)  # by value, 1 and true were one condition
+        for rows in alike.values():
+            options = searches[rows[0]].options
             try:
                 with self.latency.timed("search"):
                     answers = self._engine.search(
