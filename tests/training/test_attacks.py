@@ -223,3 +223,33 @@ def test_leaving_the_ball_is_a_bug_that_shows() -> None:
 
     with pytest.raises(RuntimeError, match="left its linf ball"):
         pgd(linear(WEIGHTS), pictures(), Broken(LINF, 0.01), 5)
+
+
+def test_fourier_apgd_reaches_what_flawed_arithmetic_does_not() -> None:
+    """Released code multiplied the step of 2ε with a direction of size ε, and took the picture for the last change.
+
+    On a linear model the attainable increase is ε times the dual norm of its weights.
+    """
+    generator = torch.Generator().manual_seed(0)
+    centres = 0.2 + 0.6 * torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    weights = torch.randn(1, 3, 16, 16, generator=generator, dtype=torch.float64)
+    epsilon, steps = 4 / 255, 100
+    attainable = epsilon * float(FOURIER_LINF.dual(weights))
+
+    def increase(points: Tensor) -> Tensor:
+        return ((points - centres) * weights).flatten(1).sum(1) / attainable
+
+    def objective(points: Tensor, rows: Tensor) -> Value:
+        loss = (points * weights).flatten(1).sum(1)
+        return Value(loss, torch.zeros(len(loss), dtype=torch.bool))
+
+    ours = apgd(objective, centres, Ball(FOURIER_LINF, epsilon), steps).points
+    assert (increase(ours) >= 0.999).all()
+
+    change = torch.zeros_like(centres)
+    for _ in range(steps):
+        direction = epsilon * FOURIER_LINF.steepest(weights.expand_as(centres))
+        z = FOURIER_LINF.project(change + 2 * epsilon * direction, epsilon)
+        wrong = change + 0.75 * (z - change) + 0.25 * (change - (centres + change))
+        change = FOURIER_LINF.project(wrong, epsilon)
+    assert (increase((centres + change).clamp(0, 1)) < 0.5).all()

@@ -13,7 +13,8 @@ from training.robustness.balls import Ball
 from training.robustness.norms import FOURIER_LINF, L1, L2, LINF, FourierLInf, Norm, parse_norm
 
 BAND = FourierLInf((0.1, 0.8))
-NORMS = [LINF, L2, L1, FOURIER_LINF, BAND]
+PROFILE = FourierLInf(profile=lambda radius: 1 / (1 + 4 * radius))
+NORMS = [LINF, L2, L1, FOURIER_LINF, BAND, PROFILE]
 SHAPE = (4, 3, 6, 6)
 norms = pytest.mark.parametrize("norm", NORMS, ids=str)
 
@@ -37,7 +38,7 @@ def rows(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def soft(x: Tensor, threshold: float) -> Tensor:
+def soft(x: Tensor, threshold: float | Tensor) -> Tensor:
     return x * (1 - threshold / x.abs()).clamp(min=0)
 
 
@@ -110,10 +111,10 @@ def test_moreau_decomposition(norm: Norm) -> None:
         proximal = x.clamp(-rows(level), rows(level))
     else:
         spectrum = torch.fft.fft2(x, norm="ortho")
-        shrunk = soft(spectrum, radius)
+        frequencies = torch.fft.fftfreq(6, dtype=torch.float64)
+        radial = (frequencies[:, None] ** 2 + frequencies**2).sqrt() / 0.5
+        shrunk = soft(spectrum, radius / (1 + 4 * radial) if norm is PROFILE else radius)
         if norm is BAND:  # frequencies outside cost nothing
-            frequencies = torch.fft.fftfreq(6, dtype=torch.float64)
-            radial = (frequencies[:, None] ** 2 + frequencies**2).sqrt() / 0.5
             shrunk = torch.where((radial >= 0.1) & (radial <= 0.8), shrunk, spectrum)
         proximal = torch.fft.ifft2(shrunk, norm="ortho")
         assert proximal.imag.abs().max() < 1e-12
@@ -154,6 +155,18 @@ def test_band_is_finite_inside_only() -> None:
     assert (BAND.measure(inside.float()) <= 0.3 + 1e-6).all()
     assert inside.mean(dim=(2, 3)).abs().max() < 1e-12  # frequency 0 lies below the band
     torch.testing.assert_close(FourierLInf((0, 1.5)).project(x, 0.3), FOURIER_LINF.project(x, 0.3))
+
+
+def test_profile_bounds_each_frequency() -> None:
+    """ε(ω) = ε / (1 + 4 |ω|), with |ω| = 1 at half a cycle per pixel."""
+    x, epsilon = draw(*SHAPE), 0.3
+    frequencies = torch.fft.fftfreq(6, 0.5, dtype=torch.float64)
+    limits = epsilon / (1 + 4 * torch.hypot(frequencies[:, None], frequencies))
+    for point in (PROFILE.project(x, epsilon), epsilon * PROFILE.steepest(x)):
+        magnitudes = torch.fft.fft2(point, norm="ortho").abs()
+        assert (magnitudes <= limits + 1e-12).all()
+        assert (PROFILE.measure(point) - epsilon).abs().max() < 1e-12
+    torch.testing.assert_close(FourierLInf(profile=torch.ones_like).project(x, 0.3), FOURIER_LINF.project(x, 0.3))
 
 
 @norms
@@ -284,7 +297,7 @@ def test_violation_reports_what_is_broken(norm: Norm) -> None:
 
 
 def test_names() -> None:
-    for norm in NORMS:
+    for norm in (LINF, L2, L1, FOURIER_LINF, BAND):
         assert parse_norm(norm.name).name == str(norm) == norm.name
     assert parse_norm("l1") is L1
     assert BAND.name == "fourier-linf[0.1,0.8]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -218,19 +219,24 @@ class FourierLInf(Norm):
 
     Its dual over real pictures is the l1 norm of the spectrum. A band allows some frequencies only: a picture
     with other frequencies, beyond rounding (:data:`BAND_TOLERANCE`), has an infinite norm, the projection
-    removes them, and the dual norm and the steepest direction do without them.
+    removes them, and the dual norm and the steepest direction do without them. A profile allows some more than others:
+    magnitudes are divided by it, so that in the ball of radius ε frequency ω reaches ``ε · profile(ω)``.
 
     Args:
         band: Lowest and highest radial frequency allowed, both inclusive, as fractions of the Nyquist
             frequency, half a cycle per pixel; corners of the spectrum reach √2. None for all frequencies.
+        profile: Radial frequencies, in the same unit, to positive shares of ε. None for 1 everywhere.
 
     Raises:
         InputError: If not ``0 <= low < high``; later, if an input is not ``(B, ..., H, W)``.
     """
 
-    def __init__(self, band: tuple[float, float] | None = None) -> None:
-        self.band = band
+    def __init__(
+        self, band: tuple[float, float] | None = None, profile: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.band, self.profile = band, profile
         self.name = "fourier-linf" if band is None else f"fourier-linf[{band[0]:g},{band[1]:g}]"
+        self.name += "" if profile is None else " with a profile"
         if band is not None and not 0 <= band[0] < band[1]:
             raise InputError(f"{self.name}: a band is [low,high] with 0 <= low < high, in units of Nyquist")
 
@@ -246,43 +252,42 @@ class FourierLInf(Norm):
         picture: Tensor = torch.fft.irfft2(spectrum, s=like.shape[-2:], norm="ortho")
         return picture
 
-    def _allowed(self, x: Tensor) -> Tensor:
-        """The band, boolean ``(H, W // 2 + 1)``."""
+    def _shares(self, x: Tensor) -> Tensor:
+        """The share of ε that each frequency may have, ``(H, W // 2 + 1)``; 0 outside the band."""
         down = torch.fft.fftfreq(x.shape[-2], 0.5, dtype=torch.float64, device=x.device)
         across = torch.fft.rfftfreq(x.shape[-1], 0.5, dtype=torch.float64, device=x.device)
         low, high = self.band or (0.0, math.inf)
         radius = torch.hypot(down[:, None], across)
-        return (low <= radius) & (radius <= high)
+        inside = (low <= radius) & (radius <= high)
+        shares = torch.ones_like(radius) if self.profile is None else self.profile(radius)
+        return shares.where(inside, 0).to(x.dtype)
 
     def measure(self, x: Tensor) -> Tensor:
         """See :class:`Norm`."""
-        magnitudes = self._spectrum(x).abs()
+        magnitudes, shares = self._spectrum(x).abs(), self._shares(x)
+        inside = (magnitudes / shares).where(shares > 0, 0).flatten(1).amax(1)
         if self.band is None:
-            return magnitudes.flatten(1).amax(1)
-        allowed = self._allowed(x)
-        inside = (magnitudes * allowed).flatten(1).amax(1)
-        outside = (magnitudes * ~allowed).flatten(1).amax(1)
+            return inside
+        outside = magnitudes.where(shares == 0, 0).flatten(1).amax(1)
         return inside.where(outside <= BAND_TOLERANCE * inside.clamp(min=1), math.inf)
 
     def dual(self, g: Tensor) -> Tensor:
         """See :class:`Norm`."""
-        magnitudes = self._spectrum(g).abs() * self._allowed(g)
+        magnitudes = self._spectrum(g).abs() * self._shares(g)
         # Every column but the first and, at even widths, the last stands for its mirror image too.
         mirrored = magnitudes[..., 1 : (g.shape[-1] + 1) // 2]
         return magnitudes.flatten(1).sum(1) + mirrored.flatten(1).sum(1)
 
     def steepest(self, g: Tensor) -> Tensor:
-        """Every frequency at magnitude 1, with the phase of ``g``."""
-        phases = self._spectrum(g).sgn() * self._allowed(g)
+        """Every frequency at its share, with the phase of ``g``."""
+        phases = self._spectrum(g).sgn() * self._shares(g)
         return self._picture(phases, g)
 
     def project(self, x: Tensor, radius: Tensor | float) -> Tensor:
         """Clips the magnitudes and keeps the phases."""
         spectrum = self._spectrum(x)
         magnitudes = spectrum.abs().clamp(min=torch.finfo(x.dtype).tiny)
-        kept = (per_row(radius, x) / magnitudes).clamp(max=1)
-        if self.band is not None:
-            kept = kept * self._allowed(x)
+        kept = (per_row(radius, x) * self._shares(x) / magnitudes).clamp(max=1)
         return self._picture(spectrum * kept, x)
 
     def project_in_box(self, x: Tensor, radius: Tensor | float, lower: Tensor, upper: Tensor) -> Tensor:
