@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from anyio import to_thread
 from fastapi import APIRouter, FastAPI, File, Form, Request, Response, UploadFile
 from fastapi import Path as InPath
 from fastapi import Query as InQuery
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel, Field
@@ -34,12 +36,16 @@ from vse_app.uploads import MAX_BYTES, read_upload, to_jpeg
 THUMBNAIL, LARGEST = 320, 1600
 """Sides in pixels of the pictures that are sent: what a list shows, and the most that may be asked for."""
 MOST_RESULTS, MOST_ITEMS, MOST_UPLOADS, MOST_TEXT = 200, 1000, 16, 2000
+MOST_NESTED = 32
+"""Levels of metadata; SQLite, which has to read it for every condition, stops at 1000."""
 MAX_BODY = MAX_BYTES * 4
 """Bytes of a request."""
 _THUMBNAILS_KEPT = 1024
 
 T = TypeVar("T")
 Id = Annotated[int, InPath(ge=1, lt=1 << 53, description="id of an item")]
+# Reading a condition takes time that grows with the square of its length.
+Conditions = list[Annotated[str, Field(max_length=500)]]
 
 
 class Found(BaseModel):
@@ -171,7 +177,8 @@ class Api:
         )(self.metrics)
         app.include_router(routes)
         for kind, status in ((InputError, 400), (GalleryError, 400), (Busy, 503), (Refused, 0)):
-            app.add_exception_handler(kind, _handler(status))
+            app.add_exception_handler(kind, self._handler(status))
+        app.add_exception_handler(RequestValidationError, _misfit)
 
     async def search(
         self,
@@ -179,7 +186,7 @@ class Api:
         like: Annotated[int | None, InQuery(ge=1, lt=1 << 53, description="id of an item to find the like of")] = None,
         k: Annotated[int, InQuery(ge=1, le=MOST_RESULTS, description="how many results")] = 10,
         where: Annotated[
-            list[str], InQuery(max_length=16, description="conditions that must all hold, such as year>=2019")
+            Conditions, InQuery(max_length=16, description="conditions that must all hold, such as year>=2019")
         ] = [],  # noqa: B006  (FastAPI copies it)
         collapse: Annotated[
             float | None, InQuery(ge=-1, le=1, description="cosine from which pictures count as the same one")
@@ -195,20 +202,20 @@ class Api:
         text: Annotated[str | None, Form(max_length=MOST_TEXT, description="what to look for besides")] = None,
         weight: Annotated[float, Form(ge=0, le=1, description="say of the text beside the picture")] = 0.5,
         k: Annotated[int, Form(ge=1, le=MOST_RESULTS)] = 10,
-        where: Annotated[list[str], Form(max_length=16)] = [],  # noqa: B006
+        where: Annotated[Conditions, Form(max_length=16)] = [],  # noqa: B006
         collapse: Annotated[float | None, Form(ge=-1, le=1)] = None,
         querybank: Annotated[bool, Form()] = False,
     ) -> Response:
         """Send the picture as a multipart form."""
         options = _options(k, where, collapse, querybank)
         picture = await _read(image)
-        return await self._answer(Query(text=text or None, image=picture, weight=weight), options)
+        return await self._answer(Query(text=_proper(text, "text"), image=picture, weight=weight), options)
 
     async def items(
         self,
         offset: Annotated[int, InQuery(ge=0, lt=1 << 53)] = 0,
         limit: Annotated[int, InQuery(ge=1, le=MOST_ITEMS)] = 100,
-        where: Annotated[list[str], InQuery(max_length=16)] = [],  # noqa: B006
+        where: Annotated[Conditions, InQuery(max_length=16)] = [],  # noqa: B006
     ) -> Response:
         """All items, or those for which the conditions hold."""
         conditions = _conditions(where)
@@ -231,7 +238,10 @@ class Api:
         """As JPEG, drawn anew from the pixels; never the file itself."""
         item = await self._item(id)
         read = self.small if side <= THUMBNAIL else self._picture
-        content = await to_thread.run_sync(read, item.path, item.sha256, side)
+        try:
+            content = await to_thread.run_sync(read, item.path, item.sha256, side)
+        except InputError as error:  # which would tell where the file is
+            raise Refused(404, f"item {id}: its file is gone or no picture any more; remove the item") from error
         return Response(content, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
 
     async def add(
@@ -242,7 +252,7 @@ class Api:
     ) -> Response:
         """Send the pictures as a multipart form; they are kept without their metadata, at most 1600 pixels long."""
         self._refuse_if_read_only()
-        facts = Facts(caption or None, _metadata(metadata))
+        facts = Facts(_proper(caption, "caption"), _metadata(metadata))
         pictures = [await _read(image) for image in images]
         return _json({"ids": await to_thread.run_sync(_changing, self.service.add, pictures, facts)})
 
@@ -327,6 +337,21 @@ class Api:
             image.thumbnail((side, side))
             return to_jpeg(image)
 
+    def _handler(self, status: int) -> Callable[[Request, Exception], JSONResponse]:
+        def answer(request: Request, error: Exception) -> JSONResponse:
+            code = error.status if isinstance(error, Refused) else status
+            return JSONResponse({"detail": self._line(error)}, code, {"retry-after": "1"} if code == 503 else None)
+
+        return answer
+
+    def _line(self, error: Exception) -> str:
+        """What is wrong in one line, which can be sent whatever a file or field is called."""
+        line = " ".join(str(error).encode(errors="replace").decode().split())
+        if not self.show_paths:
+            for folder in {str(self.service.directory), str(self.service.directory.resolve())}:
+                line = re.sub(rf"(?<![\w/.-]){re.escape(folder)}(?=[/:])", "gallery", line)
+        return line[:1000]
+
     def _refuse_if_read_only(self) -> None:
         if self.read_only:
             raise Refused(403, "this server does not let its gallery be changed")
@@ -340,12 +365,11 @@ class Refused(ValueError):
         self.status = status
 
 
-def _handler(status: int) -> Callable[[Request, Exception], JSONResponse]:
-    def answer(request: Request, error: Exception) -> JSONResponse:
-        code = error.status if isinstance(error, Refused) else status
-        return JSONResponse({"detail": str(error)}, code, {"retry-after": "1"} if code == 503 else None)
-
-    return answer
+def _misfit(request: Request, error: Exception) -> JSONResponse:
+    """What does not fit the schema, in one line like everything else."""
+    assert isinstance(error, RequestValidationError)
+    wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+    return JSONResponse({"detail": "; ".join(wrong)[:1000]}, 422)
 
 
 async def _soon(future: Future[T]) -> T:
@@ -375,13 +399,29 @@ def _options(k: int, where: list[str], collapse: float | None, querybank: bool) 
     return Options(k, _conditions(where), collapse, querybank)
 
 
+def _proper(text: str | None, name: str) -> str | None:
+    """A field of a form, which may be in an encoding of the sender's choice; empty is none."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: is not Unicode; send UTF-8") from error
+    return text or None
+
+
 def _metadata(text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # what cannot be sent is not kept either
     except (ValueError, RecursionError) as error:
         raise InputError(f'metadata: is no JSON ({error}); send an object such as {{"year": 2019}}') from error
     if not isinstance(record, dict):
         raise InputError('metadata: send a JSON object such as {"year": 2019}')
+    level: list[Any] = [record]
+    for _ in range(MOST_NESTED):
+        inner = [value for value in level if isinstance(value, dict | list)]
+        level = [part for value in inner for part in (value.values() if isinstance(value, dict) else value)]
+    if level:
+        raise InputError(f"metadata: is nested too deeply; use at most {MOST_NESTED} levels")
     return record
 
 

@@ -70,7 +70,7 @@ class AttackTarget:
     """A gallery as an attack sees it, with its captions embedded once.
 
     Args:
-        model: Its weights are frozen, for good.
+        model: Put in evaluation mode, its weights frozen, for good.
         ids: int64 ``(N,)``.
         vectors: float32 ``(N, D)``.
         items: ``(N,)``.
@@ -79,7 +79,7 @@ class AttackTarget:
     def __init__(
         self, model: DualEncoder, ids: NDArray[np.int64], vectors: NDArray[np.float32], items: Sequence[Item]
     ) -> None:
-        self.model = model.requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.ids, self.items = ids, items
         self.vectors = torch.from_numpy(vectors).to(model.device)
 

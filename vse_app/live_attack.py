@@ -20,7 +20,7 @@ from training.robustness.norms import L1, L2, LINF, parse_norm
 from vse_app.attack_case import AttackRequest, AttackTarget, Case, build_case
 
 SHOWN = 10
-_CURVE_STEPS = 8
+_CURVE_STEPS = 8  # a defended picture costs twice as many, at each radius
 _LADDER = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # the curve's radii, in units of the attack's
 
 
@@ -31,12 +31,14 @@ class Progress:
     Attributes:
         step: Evaluations so far, the random start included.
         steps: Of how many; those of the curve, which stop early, are not foreseen.
+        loss: What the attack raises: the margin by which the hardest goal is reached, in units of the score.
         rank: Of the right answer at this step's point, from 1.
         curve: Whether the attack is over and the curve is being measured.
     """
 
     step: int
     steps: int
+    loss: float
     rank: int
     curve: bool
 
@@ -67,11 +69,14 @@ class Outcome:
         rank_before: Of the right answer for the clean picture, from 1; of the picture itself in gallery threats.
         rank_after: For the attacked picture in full precision: a bound of the worst from one side only.
         rank_after_8bit: For :attr:`adversarial`.
+        reached: Whether the hardest goal is: ten others stand before the right answer (in a gallery of fewer, all of
+            them), or the lifted picture stands first.
         survives_8bit: Whether that is as bad.
-        norms: Size of the change: ``linf``, ``l2``, ``l1``.
+        norms: Size of the change in full precision: ``linf``, ``l2``, ``l1``.
         before: The first ten for the clean picture.
         after: The first ten for the attacked one.
-        curve: ``(ε, rank)`` from 0 on; what the attack reached, not the worst there is.
+        curve: ``(ε, rank)`` from 0 on, never better for a larger ε: what the attack reached, so the worst rank there
+            is (lifting: the best) lies at it or beyond.
         seconds: What all of it took.
     """
 
@@ -83,6 +88,7 @@ class Outcome:
     rank_before: int
     rank_after: int
     rank_after_8bit: int
+    reached: bool
     survives_8bit: bool
     norms: dict[str, float]
     before: tuple[Ranked, ...]
@@ -105,7 +111,7 @@ def run(
         image: The picture.
         request: What to try.
         own: Id of the picture, if it is in the gallery.
-        cancelled: Asked before each evaluation; the attack ends without an outcome once it says so.
+        cancelled: Asked after each evaluation, in another thread; the attack ends without an outcome once it says so.
 
     Yields:
         Progress after each evaluation, and one outcome at the end.
@@ -127,6 +133,7 @@ def run(
         except BaseException as error:
             news.put(error)
 
+    # Not torch.set_num_threads(1) in there: every thread that begins later would be held to one core as well.
     thread = Thread(target=work, name="attack")
     thread.start()
     try:
@@ -162,22 +169,24 @@ def _attack(
     with torch.no_grad():
         clean = tower(view)
     case: Case
-    done, measuring = 0, False
+    done, measuring, only = 0, False, torch.zeros(1, dtype=torch.long, device=view.device)
 
     def watched(points: Tensor) -> Tensor:
         nonlocal done
         embedding: Tensor = tower(points)
-        report(Progress(done, request.steps, _rank(case, embedding.detach()), measuring))
+        here, threat = embedding.detach(), case.threat
+        loss = float(threat.value(here, only, "margin", threat.goal, 0).loss)
+        report(Progress(done, request.steps, loss, _rank(case, here), measuring))
         done += 1
         return embedding
 
     case = build_case(target, request, own, clean, watched)
     norm = parse_norm(request.norm)
     settings = AttackSettings(norm, steps=request.steps, least=None, seed=request.seed, batch_size=1)
-    points = attack(case.threat, pixels, Ball(norm, request.epsilon), settings).points
-    measuring = True
+    attacked = attack(case.threat, pixels, Ball(norm, request.epsilon), settings)
+    points, measuring = attacked.points, True
     radii = [epsilon for share in _LADDER if (epsilon := share * request.epsilon) <= 1 or request.norm != "linf"]
-    curve = attack_curve(case.threat, pixels, radii, replace(settings, least=min(request.steps, _CURVE_STEPS)))
+    curve = attack_curve(case.threat, pixels, radii, replace(settings, steps=min(request.steps, _CURVE_STEPS)))
     saved = (points * 255).round().to(torch.uint8)
     with torch.no_grad():
         reached, rounded = tower(points), tower(saved)
@@ -198,6 +207,7 @@ def _attack(
         rank_before=_rank(case, clean),
         rank_after=rank_after,
         rank_after_8bit=rank_8bit,
+        reached=bool(attacked.done[0]),
         survives_8bit=rank_8bit <= rank_after if lifted else rank_8bit >= rank_after,
         norms={one.name: float(one.measure(change[None])) for one in (LINF, L2, L1)},
         before=_first(case, before, after, before[1]),

@@ -112,12 +112,12 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
         GalleryError: If there is no gallery, or it is damaged.
         InputError: If its model cannot be loaded, or the address is taken.
     """
+    # Searches and an attack share the cores better than one of them would use all. Threads keep what they began with.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     with (
         tempfile.TemporaryDirectory(prefix="vse-serve-") as scratch,
         SearchService(serving.gallery, bfloat16=serving.bfloat16) as service,
     ):
-        # Searches and an attack share the cores better than one of them would use all.
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         os.environ["GRADIO_TEMP_DIR"] = scratch  # what is uploaded to the page goes with the server at the latest
         app = create_app(service, serving)
         listener = _listen(serving.host, serving.port)

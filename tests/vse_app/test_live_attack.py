@@ -15,7 +15,8 @@ from training.data.text import WordTokenizer
 from training.errors import InputError
 from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from training.models.dual_encoder import DualEncoder
-from vse_app.attack_case import AttackRequest, AttackTarget
+from vse_app import attack_case
+from vse_app.attack_case import THREATS, AttackRequest, AttackTarget
 from vse_app.live_attack import Outcome, Progress, run
 from vse_app.queries import Query
 from vse_app.search_engine import Facts, SearchEngine
@@ -72,6 +73,36 @@ def test_a_query_loses_its_caption(engine: SearchEngine) -> None:
     )
     assert [step.step for step in steps if not step.curve] == list(range(11))
     assert steps[-1].curve
+    # 11 captions, one of them its own: the goal is to stand behind all ten others.
+    assert found.reached == (found.rank_after == len(captions))
+
+
+@pytest.mark.parametrize("threat", THREATS)
+def test_the_loss_is_above_zero_where_the_picture_has_moved(engine: SearchEngine, threat: str) -> None:
+    steps, found = attacked(engine, AttackRequest(threat, epsilon=64 / 255, steps=10, text="green heart"))
+    on_the_way = [step for step in steps if not step.curve]
+    assert max(step.loss for step in on_the_way[1:]) > on_the_way[0].loss
+    if threat == "gallery-promote":  # the goal is one rank, so the margin's sign is the goal
+        assert all((step.loss > 0) == (step.rank == 1) for step in on_the_way)
+        assert found.reached == (found.rank_after == 1)
+    else:
+        assert {step.rank for step in on_the_way} >= {found.rank_after}
+
+
+@pytest.mark.parametrize("threat", THREATS)
+def test_next_to_no_change_leaves_the_rank(engine: SearchEngine, threat: str) -> None:
+    _, found = attacked(engine, AttackRequest(threat, epsilon=1e-6, steps=3, text="green heart"))
+    assert found.rank_before == found.rank_after == found.rank_after_8bit
+    assert found.survives_8bit
+    assert np.array_equal(np.asarray(found.adversarial), np.asarray(found.clean))
+    assert [row.id for row in found.before] == [row.id for row in found.after]
+
+
+def test_the_same_request_gives_the_same_attack(engine: SearchEngine) -> None:
+    runs = [attacked(engine, AttackRequest(epsilon=16 / 255, steps=5, seed=seed)) for seed in (1, 1, 2)]
+    losses = [[step.loss for step in steps] for steps, _ in runs]
+    assert losses[0] == losses[1] != losses[2]
+    assert runs[0][1].curve == runs[1][1].curve
 
 
 def test_equal_captions_are_all_right_answers(engine: SearchEngine) -> None:
@@ -124,6 +155,48 @@ def test_what_is_saved_has_the_rank_that_is_told(engine: SearchEngine) -> None:
     own = np.array([caption == engine.gallery.snapshot.item(4).caption for caption in captions])
     assert found.rank_after_8bit == 1 + (scores[~own] >= scores[own].max()).sum()
     assert found.difference.size == found.spectrum.size == found.clean.size == (16, 16)
+    assert np.array_equal(np.asarray(again), np.asarray(found.adversarial))
+    change = np.asarray(again).astype(int) - np.asarray(found.clean)
+    assert 0 < np.abs(change).max() <= 32
+
+
+def test_a_large_picture_is_attacked_as_the_model_sees_it(engine: SearchEngine) -> None:
+    wide = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 64, 3), dtype=np.uint8))
+    *_, found = run(AttackTarget.of(engine), wide, AttackRequest(epsilon=4 / 255, steps=2))
+    assert isinstance(found, Outcome)
+    transform = engine.model.transform()
+    seen = transform(wide, None).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(found.clean), seen)
+    # The small network crops nothing at its own resolution, so the saved picture is what was measured.
+    assert np.array_equal(transform(found.adversarial, None).permute(1, 2, 0).numpy(), np.asarray(found.adversarial))
+
+
+def test_the_difference_is_ten_times_the_change(engine: SearchEngine) -> None:
+    _, found = attacked(engine, AttackRequest(epsilon=8 / 255, steps=5))
+    change = (np.asarray(found.adversarial).astype(float) - np.asarray(found.clean)) / 255
+    shown = (np.asarray(found.difference).astype(float) / 255 - 0.5) / 10
+    assert np.abs(change - shown).max() <= 0.5 / 255 + 0.1 / 255 + 1e-9  # both are rounded
+
+
+def test_the_model_stays_as_it_was(engine: SearchEngine) -> None:
+    target = AttackTarget.of(engine)
+    before = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    list(run(target, picture(engine, 4), AttackRequest(epsilon=64 / 255, steps=5), 4))
+    assert all(torch.equal(value, before[name]) for name, value in engine.model.state_dict().items())
+    assert not any(module.training for module in engine.model.modules())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in engine.model.parameters())
+
+
+def test_of_many_captions_some_are_ranked_and_always_the_own(
+    engine: SearchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attack_case, "MOST_CAPTIONS", 4)
+    drawn = AttackTarget.of(engine).captions[0]
+    assert drawn == [0, 3, 6, 9]
+    for item in (4, 5):
+        _, found = attacked(engine, AttackRequest(epsilon=1 / 255, steps=1), item)
+        assert found.among == 4 + (item - 1 not in drawn)
+        assert item in [row.id for row in found.before if row.own]
 
 
 def test_closing_or_cancelling_stops_at_once(engine: SearchEngine) -> None:
@@ -142,13 +215,23 @@ def test_closing_or_cancelling_stops_at_once(engine: SearchEngine) -> None:
     assert not [thread for thread in enumerate_threads() if thread.name == "attack"]
 
 
+def test_what_goes_wrong_in_the_attack_is_raised_here(engine: SearchEngine) -> None:
+    def cancelled() -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(run(AttackTarget.of(engine), picture(engine, 4), AttackRequest(), 4, cancelled))
+
+
 def test_searches_beside_an_attack_are_what_they_were(engine: SearchEngine) -> None:
     before = engine.search([Query(text="red disc"), Query(like=2)])
     target, image = AttackTarget.of(engine), picture(engine, 4)
+    text, pixels = engine.model.encode_texts(["green star"]), engine.model.encode_images([image])
     thread = Thread(target=lambda: list(run(target, image, AttackRequest(steps=60), 4)))
     thread.start()
     while thread.is_alive():
-        engine.model.encode_texts(["green star"])
+        assert torch.equal(engine.model.encode_texts(["green star"]), text)  # the searches' texts are cached
+        assert torch.equal(engine.model.encode_images([image]), pixels)
         assert engine.search([Query(text="red disc"), Query(like=2)]) == before
     thread.join()
 

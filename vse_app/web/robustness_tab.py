@@ -123,11 +123,12 @@ class RobustnessTab:
             if item is None and sent is None:
                 raise InputError("choose a picture first: press Attack below a search result, or send one")
             request = AttackRequest(threat, norm, level * NORMS[norm][1], int(steps), (text or "").strip() or None)
-            yield status("Preparing: embedding the captions that it is ranked among …"), *keep
+            yield status("Embedding what it is ranked among, once …"), *keep
             target, image = self._prepare(item, sent)
             for found in run(target, image, request, item, self._api.service.closed.is_set):
                 if isinstance(found, Progress):
-                    yield status(f"Step {found.step} of {found.steps}: rank {found.rank:,}"), *keep
+                    where = "Measuring the curve" if found.curve else f"Step {found.step} of {found.steps}"
+                    yield status(f"{where}: rank {found.rank:,}"), *keep
                 else:
                     yield self._outcome(found, request)
         except (InputError, GalleryError, Busy) as error:
