@@ -115,12 +115,12 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
     # Searches and an attack share the cores better than one of them would use all. Threads keep what they began with.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     with (
+        _listen(serving.host, serving.port) as listener,
         tempfile.TemporaryDirectory(prefix="vse-serve-") as scratch,
         SearchService(serving.gallery, bfloat16=serving.bfloat16) as service,
     ):
         os.environ["GRADIO_TEMP_DIR"] = scratch  # what is uploaded to the page goes with the server at the latest
         app = create_app(service, serving)
-        listener = _listen(serving.host, serving.port)
         host = f"[{serving.host}]" if ":" in serving.host else serving.host
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn, once it has stopped, sends itself the signal anew
@@ -134,9 +134,8 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(
-        family, socket.SOCK_STREAM, socket.IPPROTO_TCP
-    )  # named, or asyncio leaves Nagle's delay on
+    # Of a named protocol, or asyncio would leave Nagle's delay on.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
