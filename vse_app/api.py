@@ -21,23 +21,22 @@ from fastapi import Query as InQuery
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from index.errors import GalleryError
 from index.filters import Condition
 from index.items import Item
 from training.data.images import decode
 from training.errors import InputError
+from vse_app.answers import REFUSALS, Added, Answer, Health, ItemRecord, Items, Removed
 from vse_app.queries import Query
 from vse_app.search_engine import Facts, Result, SearchEngine
 from vse_app.search_service import Busy, Options, SearchService
-from vse_app.uploads import MAX_BYTES, read_upload, to_jpeg
+from vse_app.uploads import MAX_BYTES, read_metadata, read_upload, to_jpeg
 
 THUMBNAIL, LARGEST = 320, 1600
 """Sides in pixels of the pictures that are sent: what a list shows, and the most that may be asked for."""
 MOST_RESULTS, MOST_ITEMS, MOST_UPLOADS, MOST_TEXT = 200, 1000, 16, 2000
-MOST_NESTED = 32
-"""Levels of metadata; SQLite, which has to read it for every condition, stops at 1000."""
 MAX_BODY = MAX_BYTES * 4
 """Bytes of a request."""
 _THUMBNAILS_KEPT = 1024
@@ -46,92 +45,6 @@ T = TypeVar("T")
 Id = Annotated[int, InPath(ge=1, lt=1 << 53, description="id of an item")]
 # Reading a condition takes time that grows with the square of its length.
 Conditions = list[Annotated[str, Field(max_length=500)]]
-
-
-class Found(BaseModel):
-    """An item that was found."""
-
-    id: int = Field(description="for /items/{id} and for like=")
-    name: str = Field(description="file name")
-    path: str | None = Field(description="where the file is, if the server is for this machine alone")
-    caption: str | None
-    metadata: dict[str, Any]
-    score: float = Field(description="similarity, higher is better")
-    probability: float | None = Field(description="that it is what the text means, if the gallery was calibrated")
-    likely: bool | None = Field(description="whether that reaches the gallery's cut")
-    duplicates: list[int] = Field(description="ids of items that look the same, if those were asked to be collapsed")
-    image: str = Field(description="where the picture is, relative to this server; ?side=320 for a small one")
-
-
-class Answer(BaseModel):
-    """What a search found."""
-
-    results: list[Found] = Field(description="best first")
-    cut: float | None = Field(description="results of at least this probability are likely")
-    milliseconds: float = Field(description="between the request and the answer, in the server")
-
-
-class ItemRecord(BaseModel):
-    """An item of the gallery."""
-
-    id: int
-    name: str
-    path: str | None
-    caption: str | None
-    metadata: dict[str, Any]
-    size: int = Field(description="bytes")
-    sha256: str
-    image: str
-
-
-class Items(BaseModel):
-    """Some items, in order of id."""
-
-    items: list[ItemRecord]
-    total: int = Field(description="how many there are that fulfil the conditions")
-
-
-class Added(BaseModel):
-    """Ids of what was added, in order."""
-
-    ids: list[int]
-
-
-class Removed(BaseModel):
-    """How many items were removed."""
-
-    removed: int
-
-
-class Health(BaseModel):
-    """That the server answers, and for what."""
-
-    status: str
-    pictures: int
-    model: str = Field(description="checksum of the model's weights")
-    version: str
-
-
-class Problem(BaseModel):
-    """What is wrong, and how to mend it, in one line."""
-
-    detail: str
-
-
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    code: {"model": Problem, "description": text}
-    for code, text in {
-        400: "bad input",
-        401: "a password is needed",
-        403: "not allowed here",
-        404: "no such item",
-        409: "the gallery is being changed by somebody else",
-        413: "too large",
-        422: "bad input",
-        429: "too many requests",
-        503: "too busy",
-    }.items()
-}
 
 
 class Api:
@@ -152,7 +65,7 @@ class Api:
 
     def install(self, app: FastAPI) -> None:
         """Add the routes, and one-line answers for everything that is refused."""
-        routes = APIRouter(responses=_REFUSALS)
+        routes = APIRouter(responses=REFUSALS)
         routes.get("/search", response_model=Answer, summary="Search by text, or for more like an item")(self.search)
         routes.post("/search", response_model=Answer, summary="Search by picture, or by picture and text")(
             self.search_image
@@ -209,7 +122,7 @@ class Api:
         """Send the picture as a multipart form."""
         options = _options(k, where, collapse, querybank)
         picture = await _read(image)
-        return await self._answer(Query(text=_proper(text, "text"), image=picture, weight=weight), options)
+        return await self._answer(Query(text=text or None, image=picture, weight=weight), options)
 
     async def items(
         self,
@@ -252,7 +165,7 @@ class Api:
     ) -> Response:
         """Send the pictures as a multipart form; they are kept without their metadata, at most 1600 pixels long."""
         self._refuse_if_read_only()
-        facts = Facts(_proper(caption, "caption"), _metadata(metadata))
+        facts = Facts(caption or None, read_metadata(metadata))
         pictures = [await _read(image) for image in images]
         return _json({"ids": await to_thread.run_sync(_changing, self.service.add, pictures, facts)})
 
@@ -291,7 +204,7 @@ class Api:
         return Response(self.service.latency.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def record(self, result: Result) -> dict[str, Any]:
-        """A result as :class:`Found`."""
+        """A result as :class:`~vse_app.answers.Found`."""
         return {
             "id": result.id,
             **self._known(result.id, result.item),
@@ -397,32 +310,6 @@ def _conditions(where: list[str]) -> tuple[Condition, ...]:
 
 def _options(k: int, where: list[str], collapse: float | None, querybank: bool) -> Options:
     return Options(k, _conditions(where), collapse, querybank)
-
-
-def _proper(text: str | None, name: str) -> str | None:
-    """A field of a form, which may be in an encoding of the sender's choice; empty is none."""
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{name}: is not Unicode; send UTF-8") from error
-    return text or None
-
-
-def _metadata(text: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # what cannot be sent is not kept either
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'metadata: is no JSON ({error}); send an object such as {{"year": 2019}}') from error
-    if not isinstance(record, dict):
-        raise InputError('metadata: send a JSON object such as {"year": 2019}')
-    level: list[Any] = [record]
-    for _ in range(MOST_NESTED):
-        inner = [value for value in level if isinstance(value, dict | list)]
-        level = [part for value in inner for part in (value.values() if isinstance(value, dict) else value)]
-    if level:
-        raise InputError(f"metadata: is nested too deeply; use at most {MOST_NESTED} levels")
-    return record
 
 
 def _json(record: Any) -> Response:

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vse_app import audit_verb, index_verb, search_verb, serve_verb
+from vse_app import audit_verb, bias_verb, index_verb, search_verb, serve_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run the verb, and end with status 2 and one line on bad input."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("faiss", "httpx", "huggingface_hub", "PIL"):
+    for noisy in ("faiss", "httpx", "huggingface_hub", "mcp", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     args, rest = _parser().parse_known_args(arguments)
     run: Callable[..., None] = args.run
@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_variance)
 
     audit_verb.add_parser(verbs)
+    bias_verb.add_parser(verbs)
     index_verb.add_parser(verbs)
     search_verb.add_parser(verbs)
     serve_verb.add_parser(verbs)

@@ -8,7 +8,6 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -53,6 +52,8 @@ class Guards:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
+        if scope["type"] == "websocket":  # nothing here speaks it, and nothing below would guard it
+            return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, begun = time.perf_counter(), 500, False
@@ -75,6 +76,10 @@ class Guards:
         except _TooLarge:
             if not begun:
                 await self._too_large()(scope, receive, dressed)
+        except Exception:
+            if not begun:
+                await _refuse(500, "the server made a mistake; its log says more")(scope, receive, dressed)
+            raise
         finally:
             route = getattr(
                 scope.get("route"), "path", "page" if scope.get("path", "").startswith("/gradio") else "other"
@@ -83,7 +88,7 @@ class Guards:
 
     async def _within_limit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A body may be longer than its header says, or have no length at all."""
-        left = self.max_body
+        left, begun = self.max_body, False
 
         async def counted() -> Message:
             nonlocal left
@@ -93,7 +98,14 @@ class Guards:
                 raise _TooLarge
             return message
 
-        await self.app(scope, counted, send)
+        async def checked(message: Message) -> None:
+            nonlocal begun
+            if left < 0 and not begun:  # to whoever reads forms, any error is a broken form
+                raise _TooLarge
+            begun = True
+            await send(message)
+
+        await self.app(scope, counted, checked)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
@@ -150,5 +162,5 @@ def _foreign(headers: Headers) -> bool:
     origin = headers.get("origin")
     if origin is None:
         return False
-    hosts: Any = (headers.get("host", ""), headers.get("x-forwarded-host", headers.get("host", "")))
-    return origin.partition("://")[2] not in hosts
+    host = origin.partition("://")[2]
+    return not host or host not in (headers.get("host"), headers.get("x-forwarded-host"))

@@ -158,7 +158,7 @@ def _tune(args: argparse.Namespace) -> None:
     with Gallery.open(args.gallery, writable=True) as gallery:
         held_out = read_queries(gallery, lambda: load_model(gallery), args.queries, args.split)
         relevance = None
-        with _progress() as progress:
+        with progress_bar() as progress:
             tuning = tune(
                 gallery,
                 held_out.sample(),
@@ -244,7 +244,7 @@ def _export(args: argparse.Namespace) -> None:
     with Gallery.open(args.gallery) as gallery:
         total = len(gallery)
         if not args.dry_run:
-            with _progress() as progress:
+            with progress_bar() as progress:
                 export_gallery(gallery, args.out, progress)
     if args.json:
         print_json({"items": total, "out": str(args.out), "dry_run": args.dry_run})
@@ -267,7 +267,7 @@ def _import(args: argparse.Namespace) -> None:
     else:
         model = _identity(args.model) if args.model else {"name": f"vectors of {args.source.name}", "checksum": ""}
         gallery = Gallery.create(args.gallery, dim=dim, metric="cosine", model=model)
-    with gallery, _progress() as progress:
+    with gallery, progress_bar() as progress:
         report = import_vectors(gallery, args.source, progress, dry_run=args.dry_run)
         total = len(gallery)
     if args.json:
@@ -305,11 +305,11 @@ def _identity(model: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(unit: str = "vector") -> Iterator[Callable[[str, int, int], None]]:
     """A bar that begins anew with each stage."""
     from tqdm import tqdm
 
-    with tqdm(unit="vector", unit_scale=True, leave=False, disable=None) as bar:  # no bar in a pipe
+    with tqdm(unit=unit, unit_scale=True, leave=False, disable=None) as bar:  # no bar in a pipe
         shown = ""
 
         def progress(stage: str, done: int, total: int) -> None:

@@ -141,11 +141,18 @@ class SearchService:
         Raises:
             GalleryError: If another program is writing to the gallery, or the disk is full.
         """
-        with self._changing:
-            paths = [keep_upload(picture, self.uploads).resolve() for picture in pictures]
-            with Gallery.open(self.directory, writable=True) as gallery:
+        with self._changing, Gallery.open(self.directory, writable=True) as gallery:
+            paths: list[Path] = []
+            try:
+                for picture in pictures:
+                    paths.append(keep_upload(picture, self.uploads).resolve())
                 SearchEngine(gallery, self.model).add(paths, dict.fromkeys(paths, facts))
                 return [int(gallery.ids_of([str(path)])[0]) for path in paths]
+            except BaseException:
+                for path in paths:
+                    if not len(gallery.ids_of([str(path)])):
+                        path.unlink(missing_ok=True)
+                raise
 
     def remove(self, ids: Sequence[int]) -> int:
         """Remove items, as :meth:`add` adds; returns how many were there. Files go only if :meth:`add` kept them.

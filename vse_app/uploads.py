@@ -1,11 +1,13 @@
-"""Pictures that strangers send: what is let in, and what is kept of it."""
+"""Pictures that strangers send, and what they say of them: what is let in, and what is kept of it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from io import BytesIO
 from pathlib import Path
 from threading import BoundedSemaphore
+from typing import Any
 
 from PIL import Image
 
@@ -16,11 +18,13 @@ from training.files import replacing
 MAX_BYTES = 20_000_000
 """Largest file that is accepted."""
 MAX_PIXELS = 40_000_000
-"""Largest picture; a 40-megapixel one takes 120 MB while it is looked at."""
+"""Largest picture; a 40-megapixel one takes 120 MB while it is looked at, or 600 MB if it is transparent."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What browsers can show; each format less is a parser less that strangers can reach."""
 SIDE = 1600
 """Longer pictures are shrunk to this when kept: far more than any image tower looks at."""
+MOST_NESTED = 32
+"""Levels of metadata; SQLite, which reads it for every condition, stops at 1000."""
 
 _decoding = BoundedSemaphore(2)  # bounds memory, whatever arrives at once
 
@@ -38,6 +42,28 @@ def read_upload(data: bytes, name: str = "picture") -> Image.Image:
         image.thumbnail((SIDE, SIDE))
         image.info.clear()  # what is saved next would carry EXIF, comments and colour profiles along
         return image
+
+
+def read_metadata(text: str) -> dict[str, Any]:
+    """Read what somebody sent about a picture.
+
+    Raises:
+        InputError: If it is no JSON object, too deep, or nothing that could be sent back.
+    """
+    try:
+        record = json.loads(text)
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # what cannot be sent is not kept either
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'metadata: is no JSON ({error}); send an object such as {{"year": 2019}}') from error
+    if not isinstance(record, dict):
+        raise InputError('metadata: send a JSON object such as {"year": 2019}')
+    level: list[Any] = [record]
+    for _ in range(MOST_NESTED):
+        inner = [value for value in level if isinstance(value, dict | list)]
+        level = [part for value in inner for part in (value.values() if isinstance(value, dict) else value)]
+    if level:
+        raise InputError(f"metadata: is nested too deeply; use at most {MOST_NESTED} levels")
+    return record
 
 
 def keep_upload(image: Image.Image, folder: Path) -> Path:
@@ -58,5 +84,6 @@ def keep_upload(image: Image.Image, folder: Path) -> Path:
 def to_jpeg(image: Image.Image, quality: int = 85) -> bytes:
     """The file of a picture, pixels alone."""
     file = BytesIO()
-    image.save(file, "JPEG", quality=quality, optimize=False)
+    # Pillow writes the comment of the file that a picture was read from unless there is another.
+    image.save(file, "JPEG", quality=quality, optimize=False, comment=b"", exif=b"", icc_profile=None)
     return file.getvalue()

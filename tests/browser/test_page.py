@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -137,6 +138,7 @@ def test_a_live_attack_changes_the_rank(page: Page, served: Served) -> None:
     page.locator("#vse-attack").click()
     verdict = page.locator("#vse-attack-said .vse-verdict")
     expect(verdict).to_be_visible(timeout=8 * SECONDS)
+    print(page.locator("#vse-attack-said").inner_text())
     before, after = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+", verdict.inner_text())[:2])
     assert after > before
     expect(page.locator("#vse-ranks table")).to_have_count(2)
@@ -159,6 +161,15 @@ def test_model_tab(page: Page) -> None:
     tables = page.locator("table.vse-table").filter(has=page.get_by_text("picture → caption"))
     expect(tables.first).to_contain_text("test")
     expect(page.locator(".vse-trust")).to_contain_text("13")
+
+
+def test_the_search_as_a_call_works(page: Page, served: Served) -> None:
+    search(page, served.captions[3])
+    page.get_by_role("button", name="This search as a call").click()
+    command = page.locator("#vse-calls code").first.inner_text()
+    assert command.startswith(f"curl '{served.address}search?")
+    with urlopen(command.removeprefix("curl '").removesuffix("'")) as answer:
+        assert [one["name"] for one in json.load(answer)["results"]] == names(page)
 
 
 def test_keyboard_alone(page: Page, served: Served) -> None:

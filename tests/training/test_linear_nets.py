@@ -186,7 +186,7 @@ def test_full_connection_keeps_the_bias_of_gradient_descent(depth: int) -> None:
         (lambda: DeepLinear(4, 0), "width and depth: must be at least 1, not 4 and 0"),
         (lambda: ConvLinear(4, scale=0), "scale: must be positive and finite, not 0"),
         (lambda: train(Linear(3), np.eye(4), [1, -1, 1, -1], 1), "x: has width 4, the model 3"),
-        (lambda: train(Linear(4), np.eye(4), [1, 1, 1, 1], 1), "y: needs examples of both classes"),
+        (lambda: train(Linear(4), np.eye(4), [1, 1, 1, 1], 1), "y: needs both of the labels"),
         (lambda: train(Linear(4), np.eye(4), [1, -1, 1, -1], 1, (2,)), "record: step 2 is not between 0 and 1"),
     ],
 )

@@ -245,12 +245,12 @@ def test_adam() -> None:
     [
         ({"x": np.ones(4)}, r"x: needs \(N, d\)"),
         ({"x": np.ones((4, 0))}, r"x: needs \(N, d\)"),
-        ({"x": np.full((4, 2), np.nan)}, "x: has entries that are not finite"),
-        ({"x": np.zeros((4, 2))}, "x: is 0 everywhere"),
+        ({"x": np.full((4, 2), np.nan)}, "x: must be finite, and not 0 everywhere"),
+        ({"x": np.zeros((4, 2))}, "x: must be finite, and not 0 everywhere"),
         ({"y": [1, -1]}, "y: needs one label for each of 4 rows"),
-        ({"y": [0, 1, 1, 0]}, "y: labels must be -1 or 1"),
-        ({"y": [1, np.nan, 1, -1]}, "y: labels must be -1 or 1"),
-        ({"y": [1, 1, 1, 1]}, "y: needs examples of both classes"),
+        ({"y": [0, 1, 1, 0]}, "y: needs both of the labels"),
+        ({"y": [1, np.nan, 1, -1]}, "y: needs both of the labels"),
+        ({"y": [1, 1, 1, 1]}, "y: needs both of the labels"),
         ({"steps": -1}, "steps: must be at least 0, not -1"),
     ],
 )

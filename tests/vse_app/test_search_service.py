@@ -3,14 +3,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from served import COMMENT, COUNT, MAKER, Place, furnish, is_bare, jpeg, pixels
+from served import COUNT, Place, furnish, pixels
 
 from index.errors import GalleryError
 from index.filters import Condition
@@ -20,7 +18,6 @@ from vse_app import search_service
 from vse_app.queries import Query
 from vse_app.search_engine import Facts, Result, SearchEngine
 from vse_app.search_service import Busy, Options, SearchService
-from vse_app.uploads import read_upload
 
 WAIT = 30
 
@@ -85,9 +82,7 @@ ASKED = [
 def test_answers_are_the_engines(place: Place, service: SearchService) -> None:
     with SearchEngine.open(place.gallery) as engine:
         for query, options in ASKED:
-            (expected,) = engine.search(
-                [query], options.k, where=options.where, collapse_at=options.collapse_at
-            )
+            (expected,) = engine.search([query], options.k, where=options.where, collapse_at=options.collapse_at)
             assert told(service.search(query, options)) == told(expected)
             assert told(service.submit(query, options).result(WAIT)) == told(expected)
 
@@ -134,7 +129,7 @@ def test_a_bad_query_spoils_no_other(service: SearchService) -> None:
         (gone, GalleryError, "no item 10000"),
         (hubs, GalleryError, "no query bank"),
         (missing, InputError, "no such file"),
-        (broken, ZeroDivisionError, ""),
+        (broken, ZeroDivisionError, "zero"),
     ):
         with pytest.raises(error, match=message):
             future.result(WAIT)  # type: ignore[attr-defined]
@@ -142,10 +137,11 @@ def test_a_bad_query_spoils_no_other(service: SearchService) -> None:
 
 def test_conditions_that_python_takes_for_equal_are_kept_apart(place: Place, service: SearchService) -> None:
     with SearchEngine.open(place.gallery, writable=True) as engine:
-        engine.add(place.pictures[:2], {place.pictures[0]: Facts(None, {"flag": True}), place.pictures[1]: Facts(None, {"flag": 1})})
-        expected = {value: list(engine.gallery.ids_where([Condition("flag", "=", value)])) for value in ("x",)}
+        engine.add(
+            place.pictures[:2],
+            {place.pictures[0]: Facts(None, {"flag": True}), place.pictures[1]: Facts(None, {"flag": 1})},
+        )
         ids = [engine.gallery.ids_where([Condition("flag", "=", value)]).tolist() for value in (True, 1)]
-    assert expected == {"x": []}
     assert ids[0] != ids[1]
     held = Held(service)
     futures = [
@@ -168,7 +164,7 @@ def test_too_many_are_refused_at_once(service: SearchService, monkeypatch: pytes
 
 
 def test_changes_by_others_are_seen_by_the_next_search(place: Place, service: SearchService, tmp_path: Path) -> None:
-    (new,) = [tmp_path / "new.png"]
+    new = tmp_path / "new.png"
     pixels(99).save(new)
     assert service.search(Query(image=pixels(99)))[0].item.path != str(new)
     with SearchEngine.open_or_create(place.gallery, None) as engine:
@@ -203,7 +199,7 @@ def test_nothing_that_goes_wrong_while_it_follows_ends_the_service(
     service: SearchService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(Gallery, "refresh", lambda self: open("/proc/self/mem", "rb").read(1))
+        patched.setattr(Gallery, "refresh", lambda self: Path("/nowhere").read_bytes())
         with pytest.raises(OSError):
             service.submit(Query(text="red")).result(WAIT)
     assert service.submit(Query(text="red")).result(WAIT)
@@ -255,36 +251,6 @@ def test_adding_from_many_threads(service: SearchService) -> None:
     assert sorted(key for ids in futures for key in ids) == list(range(COUNT + 1, COUNT + 9))
     for n in range(8):
         assert service.search(Query(image=pixels(200 + n)), Options(k=1))[0].item.caption == str(n)
-
-
-def test_what_is_kept_of_an_upload(place: Place, service: SearchService) -> None:
-    data = jpeg(77, (300, 200))
-    assert COMMENT in data
-    assert MAKER.encode() in data
-    ids = service.add([read_upload(data), read_upload(data)], Facts("seen", {"a": 1}))
-    assert ids[0] == ids[1]
-    (kept,) = place.gallery.joinpath("uploads").iterdir()
-    assert is_bare(kept.read_bytes())
-    assert MAKER.encode() not in kept.read_bytes()
-    with Image.open(kept) as image, Image.open(BytesIO(data)) as original:
-        assert image.size == original.size
-        assert np.abs(np.asarray(image, int) - np.asarray(original.convert("RGB"), int)).mean() < 3
-    (again,) = service.add([read_upload(data)], Facts("seen", {"a": 1}))
-    assert again == ids[0]
-    (reworded,) = service.add([read_upload(data)], Facts("seen again"))
-    assert service.search(Query(image=read_upload(data)), Options(k=1))[0].item.caption == "seen again"
-    assert [path.name for path in place.gallery.joinpath("uploads").iterdir()] == [kept.name]
-    assert service.remove([reworded, 1, 2, 5000]) == 3
-    assert not kept.exists()
-    assert place.pictures[0].exists()
-    assert place.pictures[1].exists()
-
-
-def test_large_uploads_are_shrunk(place: Place, service: SearchService) -> None:
-    service.add([read_upload(jpeg(3, (4000, 1000)))], Facts())
-    (kept,) = place.gallery.joinpath("uploads").iterdir()
-    with Image.open(kept) as image:
-        assert image.size == (1600, 400)
 
 
 def test_another_writer_is_reported(place: Place, service: SearchService) -> None:

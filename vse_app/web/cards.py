@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 Record = dict[str, Any]
-"""A result as :class:`vse_app.api.Found`."""
+"""A result as :class:`vse_app.answers.Found`."""
 
 
 def cards(records: Sequence[Record], cut: float | None, *, changeable: bool, likely_only: bool = False) -> str:

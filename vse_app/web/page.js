@@ -24,9 +24,6 @@ window.vse = (() => {
       const query = new URLSearchParams(link);
       if (theme) query.set('__theme', theme);
       history.replaceState(null, '', query.size ? `?${query}` : location.pathname);
-      document.querySelectorAll('#vse-calls code').forEach(code => {
-        code.textContent = code.textContent.replaceAll('http://HOST:PORT', location.origin);
-      });
     },
     async copyLink() {
       try {

@@ -84,7 +84,7 @@ class SearchTab:
                 self.where = gr.Textbox(
                     "",
                     label="Filter",
-                    info="Conditions such as year>=2019 or path~*/holiday/*, one a line",
+                    info="Conditions such as `year>=2019` or `path~*/holiday/*`, one a line",
                     lines=2,
                     max_length=MOST_TEXT,
                     elem_id="vse-where",
@@ -104,7 +104,7 @@ class SearchTab:
             gr.Button("Export CSV", size="sm").click(None, js="() => vse.exportResults('csv')")
             gr.Button("Export JSON", size="sm").click(None, js="() => vse.exportResults('json')")
         with gr.Accordion("This search as a call", open=False):
-            self.calls = gr.HTML(calls.calls({}), elem_id="vse-calls")
+            self.calls = gr.HTML("", elem_id="vse-calls")
         if not self._api.read_only:
             with gr.Accordion("Add pictures to the gallery", open=False, elem_id="vse-add"):
                 self.files = gr.File(
@@ -160,13 +160,14 @@ class SearchTab:
         collapse: bool,
         hubs: bool,
         like: int | None,
+        request: gr.Request,
     ) -> list[Any]:
         text = (text or "").strip()  # a field may be None
         conditions = [line.strip() for line in (where or "").splitlines() if line.strip()]
         asked: dict[str, Any] = {"text": text, "like": like, "k": int(k), "where": conditions}
         asked |= {"collapse": SAME if collapse else None, "querybank": "true" if hubs else None}
         if not (text or picture or like):
-            return [self._welcome, status(""), "", [], "", calls.calls({})]
+            return [self._welcome, status(""), "", [], "", ""]
         try:
             image = await to_thread.run_sync(read, picture) if picture and not like else None
             query = Query(like=like) if like else Query(text=text or None, image=image, weight=weight)
@@ -186,7 +187,7 @@ class SearchTab:
             "",
             records,
             link,
-            calls.calls(asked, image is not None),
+            calls.calls(asked, _address(request), image is not None),
         ]
 
     def _opened(self, request: gr.Request) -> list[Any]:
@@ -243,6 +244,10 @@ class SearchTab:
             refused.append(f"Send at most {MOST_UPLOADS} at a time; the rest was left out.")
         said = " ".join([f"{len(pictures)} added.", *refused])
         return [status(said, "error" if refused else "plain"), None, again + 1]
+
+
+def _address(request: gr.Request) -> str:
+    return f"{request.url.scheme}://{request.headers.get('host', '127.0.0.1')}"
 
 
 def _another(again: int) -> tuple[int, None]:

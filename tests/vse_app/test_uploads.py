@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from served import COMMENT, MAKER, Place, furnish, is_bare, jpeg, pixels
+
+from index.errors import GalleryError
+from index.gallery import Gallery
+from vse_app.queries import Query
+from vse_app.search_engine import Facts
+from vse_app.search_service import Options, SearchService
+from vse_app.uploads import read_upload
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return furnish(tmp_path)
+
+
+@pytest.fixture
+def service(place: Place) -> Iterator[SearchService]:
+    with SearchService(place.gallery) as service:
+        yield service
+
+
+def test_what_is_kept_of_an_upload(place: Place, service: SearchService) -> None:
+    data = jpeg(77, (300, 200))
+    assert COMMENT in data
+    assert MAKER.encode() in data
+    ids = service.add([read_upload(data), read_upload(data)], Facts("seen", {"a": 1}))
+    assert ids[0] == ids[1]
+    (kept,) = place.gallery.joinpath("uploads").iterdir()
+    assert is_bare(kept.read_bytes())
+    assert MAKER.encode() not in kept.read_bytes()
+    with Image.open(kept) as image, Image.open(BytesIO(data)) as original:
+        assert image.size == original.size
+        assert np.abs(np.asarray(image, int) - np.asarray(original.convert("RGB"), int)).mean() < 3
+    (again,) = service.add([read_upload(data)], Facts("seen", {"a": 1}))
+    assert again == ids[0]
+    (reworded,) = service.add([read_upload(data)], Facts("seen again"))
+    assert service.search(Query(image=read_upload(data)), Options(k=1))[0].item.caption == "seen again"
+    assert [path.name for path in place.gallery.joinpath("uploads").iterdir()] == [kept.name]
+    assert service.remove([reworded, 1, 2, 5000]) == 3
+    assert not kept.exists()
+    assert place.pictures[0].exists()
+    assert place.pictures[1].exists()
+
+
+def test_large_uploads_are_shrunk(place: Place, service: SearchService) -> None:
+    service.add([read_upload(jpeg(3, (4000, 1000)))], Facts())
+    (kept,) = place.gallery.joinpath("uploads").iterdir()
+    with Image.open(kept) as image:
+        assert image.size == (1600, 400)
+
+
+def test_what_could_not_be_added_is_not_kept(
+    place: Place, service: SearchService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (known,) = service.add([pixels(1)], Facts())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Gallery, "add", full)
+        with pytest.raises(OSError, match="No space"):
+            service.add([pixels(1), pixels(300)], Facts("other"))
+    with pytest.raises(GalleryError, match="not Unicode"):
+        service.add([pixels(301)], Facts("\ud800"))
+    with Gallery.open(place.gallery, writable=True), pytest.raises(GalleryError, match="another writer"):
+        service.add([pixels(302)], Facts())
+    (path,) = place.gallery.joinpath("uploads").iterdir()
+    (found,) = service.search(Query(image=path), Options(k=1))
+    assert (found.id, found.item.path) == (known, str(path))

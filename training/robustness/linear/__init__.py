@@ -1,0 +1,1 @@
+"""Linear models, whose robustness is known exactly: references, optimisers, study."""
