@@ -105,7 +105,8 @@ def prox(v: Tensor, lam: float, norm: str) -> Tensor:
     if norm == "l1":
         return v.sign() * (v.abs() - lam).clamp(min=0)
     if norm == "l2":
-        return v * (1 - lam / v.norm().clamp(min=1e-300)).clamp(min=0)
+        length: Tensor = torch.linalg.vector_norm(v)
+        return v * (1 - lam / length.clamp(min=1e-300)).clamp(min=0)
     if norm == "linf":
         return v - _on_l1_ball(v, lam)
     if norm == "fourier-l1":
