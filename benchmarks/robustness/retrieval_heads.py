@@ -85,7 +85,7 @@ class Regime(NamedTuple):
 # Coordinate descent moves one entry of W in a step; with few pairs there is time for more steps.
 REGIMES = {
     "all": Regime(None, 5, (40,) * 5, ((2e4, 5e4), (1e4, 3e4), (1e5, 1e6), (5e2, 1e3), (1e6, 3e6))),
-    "few": Regime(300, 1, (200, 200, 1500, 200, 200), ((3e2, 1e3), (3e2, 1e3), (3e4,), (1e2,), (3e3, 1e4))),
+    "few": Regime(300, 1, (200, 200, 1500, 200, 200), ((3e2, 1e3), (3e2, 1e3), (1e4,), (1e2,), (3e3, 1e4))),
 }
 
 
