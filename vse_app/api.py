@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from importlib.metadata import version
@@ -44,7 +44,8 @@ _THUMBNAILS_KEPT = 1024
 T = TypeVar("T")
 Id = Annotated[int, InPath(ge=1, lt=1 << 53, description="id of an item")]
 # Reading a condition takes time that grows with the square of its length.
-Conditions = list[Annotated[str, Field(max_length=500)]]
+MOST_CONDITION = 500
+Conditions = list[Annotated[str, Field(max_length=MOST_CONDITION)]]
 
 
 class Api:
@@ -131,7 +132,7 @@ class Api:
         where: Annotated[Conditions, InQuery(max_length=16)] = [],  # noqa: B006
     ) -> Response:
         """All items, or those for which the conditions hold."""
-        conditions = _conditions(where)
+        conditions = parse_conditions(where)
 
         def read(engine: SearchEngine) -> tuple[int, list[tuple[int, Item]]]:
             gallery = engine.gallery
@@ -304,12 +305,20 @@ async def _read(upload: UploadFile) -> Image.Image:
     return await to_thread.run_sync(read_upload, data, name[:200])
 
 
-def _conditions(where: list[str]) -> tuple[Condition, ...]:
+def parse_conditions(where: Sequence[str]) -> tuple[Condition, ...]:
+    """Conditions of at most :data:`MOST_CONDITION` characters, which take quadratic time to read.
+
+    Raises:
+        InputError: If one is longer.
+        GalleryError: If one is no condition.
+    """
+    if any(len(text) > MOST_CONDITION for text in where):
+        raise InputError(f"a condition is too long; write at most {MOST_CONDITION} characters")
     return tuple(Condition.parse(text) for text in where)
 
 
 def _options(k: int, where: list[str], collapse: float | None, querybank: bool) -> Options:
-    return Options(k, _conditions(where), collapse, querybank)
+    return Options(k, parse_conditions(where), collapse, querybank)
 
 
 def _json(record: Any) -> Response:

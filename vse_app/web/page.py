@@ -17,8 +17,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr
 from fastapi import FastAPI
 
-from index.filters import Condition
-from vse_app.api import MOST_RESULTS, Api, Refused
+from vse_app.api import MOST_RESULTS, Api, Refused, parse_conditions
 from vse_app.queries import Query
 from vse_app.search_engine import SearchEngine
 from vse_app.search_service import Options
@@ -114,7 +113,7 @@ def _tools(api: Api) -> None:
             k: How many results, 1 to 200.
             where: Conditions on the pictures, one a line, for example "year>=2019"; empty for none.
         """
-        conditions = tuple(Condition.parse(line) for line in where.splitlines() if line.strip())
+        conditions = parse_conditions([line for line in where.splitlines() if line.strip()])
         options = Options(min(MOST_RESULTS, max(1, k)), conditions)
         return await answer(Query(text=text), options)
 

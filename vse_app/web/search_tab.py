@@ -12,9 +12,8 @@ import gradio as gr
 from anyio import to_thread
 
 from index.errors import GalleryError
-from index.filters import Condition
 from training.errors import InputError
-from vse_app.api import MOST_TEXT, MOST_UPLOADS, Api
+from vse_app.api import MOST_TEXT, MOST_UPLOADS, Api, parse_conditions
 from vse_app.queries import Query
 from vse_app.search_engine import Facts
 from vse_app.search_service import Busy, Options
@@ -171,7 +170,7 @@ class SearchTab:
         try:
             image = await to_thread.run_sync(read, picture) if picture and not like else None
             query = Query(like=like) if like else Query(text=text or None, image=image, weight=weight)
-            options = Options(int(k), tuple(map(Condition.parse, conditions)), SAME if collapse else None, hubs)
+            options = Options(int(k), parse_conditions(conditions), SAME if collapse else None, hubs)
             started = time.perf_counter()
             answer = await wrap_future(self._service.submit(query, options))
         except REFUSALS as error:
