@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from training.errors import InputError
 from vse_app.api import MAX_BODY, Api
@@ -121,6 +122,8 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
     ):
         os.environ["GRADIO_TEMP_DIR"] = scratch  # what is uploaded to the page goes with the server at the latest
         app = create_app(service, serving)
+        if serving.host in LOOPBACK[:2]:  # or a page elsewhere could name its own address ours, and read everything
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK[:2], www_redirect=False)
         host = f"[{serving.host}]" if ":" in serving.host else serving.host
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn, once it has stopped, sends itself the signal anew

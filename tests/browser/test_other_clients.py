@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import anyio
+import pytest
 from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
 from page_server import Served
@@ -47,6 +49,14 @@ def test_mcp_tools_are_the_four_and_find_what_the_api_finds(served: Served) -> N
     assert mcp(served, "health", {})[1]["status"] == "ok"
     assert mcp(served, "audit_record", {})[1]["threats"]
     assert "is empty" in mcp(served, "search_pictures", {"text": " "})[1]
+
+
+def test_another_name_for_this_machine_is_refused(served: Served) -> None:
+    """DNS rebinding: a stranger's page whose name now leads here."""
+    for path in ("search?text=disc", ""):
+        with pytest.raises(HTTPError) as caught:
+            urlopen(Request(served.address + path, headers={"Host": "evil.example"}))
+        assert caught.value.code == 400
 
 
 def test_the_example_client(served: Served) -> None:

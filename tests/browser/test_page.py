@@ -93,6 +93,7 @@ def test_why_shows_a_map_for_each_word(page: Page, served: Served) -> None:
 
 def test_filter_and_refused_filter(page: Page, served: Served) -> None:
     page.get_by_role("button", name="Filter and options").click()
+    page.wait_for_timeout(500)
     page.fill("#vse-where textarea", f"path~*{served.pictures[4].name}")
     search(page, served.captions[4])
     expect(page.locator(".vse-card")).to_have_count(1)
@@ -138,7 +139,6 @@ def test_a_live_attack_changes_the_rank(page: Page, served: Served) -> None:
     page.locator("#vse-attack").click()
     verdict = page.locator("#vse-attack-said .vse-verdict")
     expect(verdict).to_be_visible(timeout=8 * SECONDS)
-    print(page.locator("#vse-attack-said").inner_text())
     before, after = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+", verdict.inner_text())[:2])
     assert after > before
     expect(page.locator("#vse-ranks table")).to_have_count(2)

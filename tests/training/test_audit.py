@@ -70,9 +70,9 @@ def test_every_threat_bites(record: dict[str, Any]) -> None:
         recalls = [of["r1"]["value"] for of in threats[name]["curve"]]
         assert recalls[0] > 60
         assert recalls[-1] < recalls[0] / 2
-    promoted = [of["asr1"]["value"] for of in threats["gallery-promote"]["curve"]]
-    assert promoted[0] == 0
-    assert promoted[-1] > 0
+    promoted = threats["gallery-promote"]["curve"]
+    assert promoted[0]["asr1"]["value"] == 0
+    assert promoted[-1]["medr"] < promoted[0]["medr"]
     assert threats["query-text"]["attacked"]["r1"]["value"] <= threats["query-text"]["clean"]["r1"]["value"]
     assert len(threats["corruption"]["r1"]) >= 10
     assert 0 <= threats["corruption"]["mean_r1"] <= 100
@@ -182,10 +182,11 @@ def test_warm_starts_never_lose_what_a_smaller_ball_gave(model: DualEncoder, cor
     threat = audit.threat("query-image", rows, images)
     radii = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
     curve = attack_curve(threat, images, radii, AttackSettings(steps=3, least=0))
-    objective = threat.objective("margin", 10)
-    with torch.no_grad():
-        losses = torch.stack([objective(points, torch.arange(8)).loss for points in curve.points[1:]])
-    assert (losses.diff(dim=0) >= -1e-6).all()
+    lost = curve.ranks[1:, :, 0] > 0
+    assert (lost[1:] >= lost[:-1]).all()
+    for ranks, points in zip(curve.ranks, curve.points, strict=True):
+        with torch.no_grad():
+            assert (threat.ranks(threat.embed(points)) == ranks).all()
     for epsilon, points in zip(curve.epsilons, curve.points, strict=True):
         assert float(Ball(LINF, epsilon).violation(points, images).norm.max()) <= 1e-6
     smallest = smallest_epsilon(threat, images, curve, AttackSettings())

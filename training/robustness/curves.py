@@ -98,8 +98,13 @@ def attack_curve(threat: Threat, images: Tensor, epsilons: Sequence[float], sett
         passes += found.passes + extra
         flat |= found.flat
         violation = max(violation, float(found.violation.norm.max()), float(found.violation.box.max()))
+        reached = threat.ranks(embed_all(threat, found.points, settings.batch_size))
+        if before is not None:  # a higher margin is no reason to give back a first rank
+            regained = threat.withstood(reached) & ~threat.withstood(ranks[-1])
+            found = _mixed(found, before, torch.from_numpy(regained).to(images.device))
+            reached = np.where(regained[:, None], ranks[-1], reached)
         points.append(found.points)
-        ranks.append(threat.ranks(embed_all(threat, found.points, settings.batch_size)))
+        ranks.append(reached)
         eight_bits = (found.points * 255).round() / 255
         rounded.append(threat.ranks(embed_all(threat, eight_bits, settings.batch_size)))
         before, below = found, epsilon
