@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import doctest
 import importlib.util
+import math
 from typing import Any
 
 import numpy as np
@@ -9,22 +11,37 @@ import torch
 from torch import Tensor
 
 from training.errors import InputError
+from training.robustness.balls import Ball
+from training.robustness.linear import margin_norms
+from training.robustness.linear import max_margin as module
+from training.robustness.linear.margin_norms import conjugate, dual_measure, measure, order, project
 from training.robustness.linear.max_margin import NORMS, item_margins, margin, max_margin, prox
 from training.robustness.linear.study import draw
+from training.robustness.norms import FOURIER_LINF, L1, L2, LINF, Norm
 
-DUAL = {
-    "l1": lambda v: v.abs().max(),
-    "l2": lambda v: v.norm(),
-    "linf": lambda v: v.abs().sum(),
-    "fourier-l1": lambda v: torch.fft.fft(v, norm="ortho").abs().max(),
-}
-OPPOSITE = {"l1": "linf", "linf": "l1", "l2": "l2"}
-norms = pytest.mark.parametrize("norm", NORMS)
+ALL = (*NORMS, "l1.1", "l1.5", "l3", "l10")
+DUAL = {"l1": "linf", "l2": "l2", "linf": "l1", "fourier-l1": "fourier-linf", "l1.5": "l3", "l3": "l1.5"}
+ATTACKS: dict[str, Norm] = {"l1": LINF, "l2": L2, "linf": L1, "fourier-l1": FOURIER_LINF}
+norms = pytest.mark.parametrize("norm", ALL)
+# Those with a projection: all names, those of other spectra too.
+shapes = pytest.mark.parametrize("norm", [*ALL, "fourier-linf", "fourier-l2", "fourier-l3"])
+backends = pytest.mark.parametrize("backend", ["cvxpy", "scipy"])
 
 
 def data(ratio: float = 4, seed: int = 0, dim: int = 30) -> tuple[Tensor, Tensor]:
     x, y = draw(dim, ratio, seed)
     return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(v: Tensor, norm: str, p: float) -> Tensor:
+    """The norm as it is defined, of each row."""
+    if norm.startswith("fourier"):
+        v = torch.fft.fft(v, norm="ortho")
+    return v.abs().amax(-1) if p == math.inf else v.abs().pow(p).sum(-1) ** (1 / p)
 
 
 @norms
@@ -34,62 +51,159 @@ def test_both_backends_find_the_same_margin(norm: str, ratio: float) -> None:
         x, y = data(ratio, seed)
         one, other = (max_margin(x, y, norm, backend) for backend in ("cvxpy", "scipy"))  # type: ignore[arg-type]
         assert one.margin == pytest.approx(other.margin, rel=1e-6)
-        assert max(one.gap, other.gap) < 2e-6
+        assert max(one.gap, other.gap) < 1e-6
         for found in (one, other):
             assert margin(found.w, x, y, norm) == pytest.approx(found.margin, rel=1e-9)
             assert float((y * (x @ found.w)).min()) == pytest.approx(1)
+            assert float(measure(found.w, norm)) == pytest.approx(1 / found.margin, rel=1e-9)
 
 
+@backends
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (80, (0.123, 0.865, 5.80, 0.109)),
+        (50, (0.194, 1.269, 8.89, 0.164)),
+        (25, (0.341, 1.826, 13.6, 0.261)),
+        (12, (0.594, 3.18, 25.2, 0.546)),
+        (6, (0.870, 4.25, 34.9, 0.708)),
+        (3, (1.176, 5.37, 44.3, 1.052)),
+    ],
+)
+def test_margins_of_an_independent_solution(count: int, expected: tuple[float, ...], backend: Any) -> None:
+    """The study's data in 100 dimensions; values of a separate program, to three digits."""
+    rng = np.random.default_rng(1)
+    direction = rng.standard_normal(100)
+    x = rng.standard_normal((count, 100))
+    points, labels = torch.from_numpy(x), torch.from_numpy(np.sign(-x @ direction))
+    for norm, value in zip(NORMS, expected, strict=True):
+        found = max_margin(points, labels, norm, backend)
+        assert found.margin == pytest.approx(value, rel=5e-3)
+        assert found.gap < 1e-6
+
+
+@backends
 @norms
-def test_two_opposite_points(norm: str) -> None:
+def test_two_opposite_points(norm: str, backend: Any) -> None:
     """With one point and its mirror image the margin is the dual norm of that point."""
-    point = torch.from_numpy(np.random.default_rng(0).standard_normal(8))
-    found = max_margin(torch.stack([point, -point]), torch.tensor([1.0, -1.0]), norm)
-    assert found.margin == pytest.approx(float(DUAL[norm](point)), rel=1e-7)
+    point = noise(8)
+    found = max_margin(torch.stack([point, -point]), torch.tensor([1.0, -1.0]), norm, backend)
+    assert found.margin == pytest.approx(float(dual_measure(point, norm)), rel=1e-7)
+
+
+@backends
+@norms
+def test_two_points_on_axes(norm: str, backend: Any) -> None:
+    """Of ``a e_1`` and ``-b e_2``, on either side, w is ``(1/a, 1/b)``."""
+    if norm.startswith("fourier"):  # of two values the spectrum is their sum and their difference, over √2
+        expected = 1 / (math.sqrt(2) * max(1 / 2, 1 / 5))
+    else:
+        expected = 1 / float(measure(torch.tensor([1 / 2, 1 / 5], dtype=torch.float64), norm))
+    found = max_margin(torch.tensor([[2.0, 0], [0, -5]]), torch.tensor([1, -1]), norm, backend)
+    assert found.margin == pytest.approx(expected, rel=1e-7)
+    torch.testing.assert_close(found.w, torch.tensor([1 / 2, 1 / 5], dtype=torch.float64), rtol=1e-5, atol=0)
 
 
 @norms
 def test_nothing_random_does_better(norm: str) -> None:
     x, y = data()
     best = max_margin(x, y, norm)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        near = best.w + 0.1 * best.w.norm() * torch.randn(30, generator=generator, dtype=torch.float64) / 30**0.5
+    for seed in range(200):
+        near = best.w + 0.1 * best.w.norm() * noise(30, seed=seed) / 30**0.5
         assert margin(near, x, y, norm) <= best.margin * (1 + 1e-6)
 
 
+@backends
 @norms
-def test_scaling_the_data_scales_the_margin(norm: str) -> None:
+def test_scaling_the_data_scales_the_margin(norm: str, backend: Any) -> None:
     x, y = data()
-    assert max_margin(1e4 * x, y, norm).margin == pytest.approx(1e4 * max_margin(x, y, norm).margin, rel=1e-6)
+    found = max_margin(x, y, norm, backend)
+    for scale in (1e-6, 1e4):
+        scaled = max_margin(scale * x, y, norm, backend)
+        assert scaled.margin == pytest.approx(scale * found.margin, rel=1e-6)
+        assert scaled.gap < 1e-6
 
 
-def test_a_point_is_lost_right_at_its_margin() -> None:
-    """The worst change in the dual norm of l1, which is linf, is ε times the signs of w."""
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_attack_in_the_dual_norm_succeeds_right_at_the_margin(norm: str) -> None:
     x, y = data()
-    w = max_margin(x, y, "l1").w
-    for n, epsilon in enumerate(item_margins(w, x, y, "l1").tolist()):
+    w = max_margin(x, y, norm).w
+    pictures, gradients = x.view(-1, 1, 1, 30), (-y[:, None] * w).view(-1, 1, 1, 30)
+    for n, epsilon in enumerate(item_margins(w, x, y, norm).tolist()):
         for share, stays in ((0.999, True), (1.001, False)):
-            moved = x[n] - y[n] * share * epsilon * w.sign()
-            assert (float(y[n] * (moved @ w)) > 0) is stays
+            ball = Ball(ATTACKS[norm], share * epsilon, -math.inf, math.inf)
+            at = slice(n, n + 1)
+            moved = ball.project(ball.step(pictures[at], pictures[at], gradients[at], 2 * ball.epsilon), pictures[at])
+            assert (float(y[n] * (moved.view(30) @ w)) > 0) is stays
+            assert float(dual_measure(moved.view(30) - x[n], norm)) <= share * epsilon * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("backend", ["cvxpy", "scipy"])
+@backends
+@norms
+def test_small_margins_keep_their_digits(norm: str, backend: Any) -> None:
+    for height in (1e-3, 1e-6, 1e-8):
+        x = torch.tensor([[1.0, height], [1.0, -height]], dtype=torch.float64)
+        found = max_margin(x, torch.tensor([1, -1]), norm, backend)
+        expected = height / math.sqrt(2) if norm.startswith("fourier") else height
+        assert found.margin == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["fourier-l1", "l1.1", "l1.5", "l3", "l10"])
+def test_the_interior_point_method_takes_hard_data(norm: str) -> None:
+    """Columns of zeros, ties, and coordinates or points that differ by magnitudes."""
+    x, y = (torch.from_numpy(one) for one in draw(100, 33, 1))
+    assert max_margin(x.round(), y, norm, "scipy").gap < 1e-6
+    assert max_margin(x * torch.logspace(-2, 2, 100), y, norm, "scipy").gap < 1e-6
+
+
+@pytest.mark.parametrize(("norm", "dim", "ratio"), [("l1.5", 20, 1 / 15), ("l10", 30, 0.75), ("fourier-l1", 30, 0.75)])
+def test_coordinates_may_differ_by_six_magnitudes(norm: str, dim: int, ratio: float) -> None:
+    x, y = data(ratio, 2, dim)
+    assert max_margin(x * torch.logspace(-3, 3, dim), y, norm, "scipy").gap < 1e-6
+
+
+def test_a_gap_does_not_trust_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a solution what is left is the l2 classifier, and a gap that says how good it is."""
+    x, y = data()
+    true = max_margin(x, y, "l1")
+    monkeypatch.setattr(module, "_by_cvxpy", lambda *_: None)
+    found = max_margin(x, y, "l1", "cvxpy")
+    assert 0.05 < true.margin / found.margin - 1 <= found.gap
+    assert margin(found.w, x, y, "l1") == pytest.approx(found.margin)
+
+
+@backends
 @norms
 def test_inseparable_data_are_refused(norm: str, backend: Any) -> None:
     x, y = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, 1.0, -1.0])
-    with pytest.raises(InputError, match="not separable"):
+    with pytest.raises(InputError, match=r"not separable.*weighted mean of 2 points"):
         max_margin(x.double(), y.double(), norm, backend)
+    with pytest.raises(InputError, match="not separable"):  # by less than rounding could tell
+        max_margin(torch.tensor([[1, 1e-11], [1, -1e-11]]).double(), torch.tensor([1, -1]), norm, backend)
+
+
+def test_random_labels_are_separable_for_few_points_only() -> None:
+    for seed in range(20):
+        x, y = noise(200, 30, seed=seed), noise(200, seed=seed + 100).sign()
+        with pytest.raises(InputError, match="not separable"):
+            max_margin(x, y, "l2", "scipy")
+        assert max_margin(x[:15], y[:15], "l2", "scipy").margin > 0
 
 
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
         ([[1.0, 2.0], [3.0, 4.0]], [1.0, 1.0], "only one class"),
+        ([[1.0, 2.0]], [-1.0], "only one class"),
         ([[1.0, float("nan")], [3.0, 4.0]], [1.0, -1.0], "NaN"),
+        ([[1.0, float("inf")], [3.0, 4.0]], [1.0, -1.0], "NaN"),
+        ([[1.0, 2.0], [3.0, 4.0]], [1.0, float("nan")], "NaN"),
         ([[1.0, 2.0], [3.0, 4.0]], [1.0, 0.0], "labels are -1 and 1"),
         ([[1.0, 2.0], [3.0, 4.0]], [1.0], "give"),
+        ([1.0, 2.0], [1.0, -1.0], "give"),
+        ([], [], "give"),
         ([[0.0, 0.0], [3.0, 4.0]], [1.0, -1.0], "origin"),
+        ([[0.0, 0.0], [0.0, 0.0]], [1.0, -1.0], "not separable"),
         ([[1.0, 1.0], [2.0, 2.0]], [1.0, -1.0], "not separable"),  # rank 1, both on one side
     ],
 )
@@ -99,28 +213,117 @@ def test_bad_data(x: list[list[float]], y: list[float], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_norm_and_missing_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["", "l0.5", "l", "L2", "linfinity", "fourier", "l-1", "l1.", "lnan", "l2\n"])
+def test_unknown_norms(name: str) -> None:
     x, y = data()
-    with pytest.raises(InputError, match="choose from l1"):
-        max_margin(x, y, "l7")
-    monkeypatch.setattr("training.robustness.linear.max_margin.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"vse\[bias\]"):
+    for use in (lambda: max_margin(x, y, name), lambda: margin(x[0], x, y, name), lambda: prox(x, 1, name)):
+        with pytest.raises(InputError, match="is unknown; use linf or lp"):
+            use()
+
+
+def test_unknown_backends_and_missing_solvers(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = data()
+    with pytest.raises(InputError, match="use fourier-l1"):
+        max_margin(x, y, "fourier-linf")
+    with pytest.raises(InputError, match="backend 'numpy' is unknown; use auto, cvxpy, scipy"):
+        max_margin(x, y, "l1", "numpy")  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "cvxpy" else importlib.util.find_spec(name))
+    assert max_margin(x, y, "l1").margin == max_margin(x, y, "l1", "scipy").margin
+    with pytest.raises(InputError, match="cvxpy is not installed; pip install cvxpy"):
+        max_margin(x, y, "l1", "cvxpy")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"scipy is not installed; pip install 'vse\[bias\]'"):
         max_margin(x, y, "l1")
-    assert importlib.util.find_spec("scipy")
 
 
-@norms
+def test_margins_of_any_classifier() -> None:
+    x, y = data()
+    w = noise(30)
+    torch.testing.assert_close(item_margins(w, x, y, "l1"), y * (x @ w) / w.abs().sum())
+    assert margin(w, x, y, "l1") == pytest.approx(margin(7 * w, x, y, "l1"))
+    assert margin(-max_margin(x, y, "l1").w, x, y, "l1") < 0
+    assert margin(torch.zeros(30), x, y, "l1") == 0
+    with pytest.raises(InputError, match="give"):
+        margin(w[1:], x, y, "l1")
+
+
+@shapes
+def test_sizes_and_duals(norm: str) -> None:
+    p, fourier = order(norm)
+    v = noise(5, 9)
+    torch.testing.assert_close(measure(v, norm), rows(v, norm, p))
+    torch.testing.assert_close(dual_measure(v, norm), rows(v, norm, conjugate(p)))
+    others = noise(1000, 9, seed=1)
+    reached = (others @ v.T) / measure(others, norm)[:, None]
+    assert (reached.amax(0) <= dual_measure(v, norm)).all()
+    assert fourier == norm.startswith("fourier")
+
+
+@shapes
+def test_projection_is_the_nearest_point(norm: str) -> None:
+    x = noise(4, 9) * torch.tensor([0.01, 1, 5, 1e4], dtype=torch.float64)[:, None]
+    nearest, others = project(x, 0.7, norm), project(noise(4, 9, seed=1), 0.7, norm)
+    assert (measure(nearest, norm) <= 0.7 * (1 + 1e-9)).all()
+    torch.testing.assert_close(project(nearest, 0.7, norm), nearest)
+    torch.testing.assert_close(nearest[0], x[0])
+    # The hyperplane through it supports the ball.
+    reach = 0.7 * dual_measure(x - nearest, norm)
+    torch.testing.assert_close(((x - nearest) * nearest).sum(-1), reach, rtol=1e-8, atol=1e-9)
+    assert ((nearest - others).norm(dim=-1) <= (x - noise(4, 9, seed=1)).norm(dim=-1) + 1e-9).all()
+    assert (project(x, 0.0, norm) == 0).all()
+
+
+@shapes
 def test_prox_minimises_what_it_should(norm: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for lam in (0.1, 1.0, 50.0):
-        v = torch.randn(9, generator=generator, dtype=torch.float64)
-
-        def cost(u: Tensor, v: Tensor = v, lam: float = lam) -> float:
-            size = torch.fft.fft(u, norm="ortho").abs().sum() if norm == "fourier-l1" else DUAL[OPPOSITE[norm]](u)
-            return float(0.5 * (u - v).square().sum() + lam * size)
-
+    for lam in (0.0, 0.1, 1.0, 50.0):
+        v = noise(9)
         u = prox(v, lam, norm)
-        for scale in (1e-3, 0.1, 1.0):
-            for _ in range(50):
-                other = u + scale * torch.randn(9, generator=generator, dtype=torch.float64)
-                assert cost(u) <= cost(other) + 1e-9
+        others = u + torch.tensor([1e-3, 0.1, 1.0])[:, None, None] * noise(3, 50, 9, seed=1)
+        cost = 0.5 * (u - v).square().sum() + lam * measure(u, norm)
+        assert (cost <= 0.5 * (others - v).square().sum(-1) + lam * measure(others, norm) + 1e-9).all()
+        # ``v - u`` is λ times a subgradient: in the dual ball, and in phase with u.
+        assert float(dual_measure(v - u, norm)) <= lam * (1 + 1e-9)
+        assert float((v - u) @ u) == pytest.approx(lam * float(measure(u, norm)), abs=1e-9)
+
+
+@pytest.mark.parametrize("norm", DUAL)
+def test_moreau_and_distances(norm: str) -> None:
+    v, other = noise(3, 9), noise(3, 9, seed=1)
+    torch.testing.assert_close(prox(v, 0.8, norm) + project(v, 0.8, DUAL[norm]), v)
+    assert ((prox(v, 0.8, norm) - prox(other, 0.8, norm)).norm(dim=-1) <= (v - other).norm(dim=-1) + 1e-9).all()
+
+
+def test_prox_is_the_formula() -> None:
+    v, lam = noise(9), 0.8
+    soft = v.sign() * (v.abs() - lam).clamp(min=0)
+    torch.testing.assert_close(prox(v, lam, "l1"), soft)
+    torch.testing.assert_close(prox(v, lam, "l2"), v * (1 - lam / v.norm()).clamp(min=0))
+    spectrum = torch.fft.fft(v, norm="ortho")
+    shrunk = spectrum * (1 - lam / spectrum.abs()).clamp(min=0)
+    torch.testing.assert_close(torch.fft.fft(prox(v, lam, "fourier-l1"), norm="ortho"), shrunk)
+    for norm in ALL:
+        assert (prox(torch.zeros(9), lam, norm) == 0).all()
+        with pytest.raises(InputError, match="at least 0"):
+            prox(v, -1, norm)
+
+
+@shapes
+def test_rows_and_pictures(norm: str) -> None:
+    v = noise(2, 3, 4, 5)
+    batched = prox(v, 0.8, norm)
+    torch.testing.assert_close(batched[1, 2, 3], prox(v[1, 2, 3], 0.8, norm))
+    assert prox(v.float(), 0.8, norm).dtype == torch.float32
+    torch.testing.assert_close(prox(v.float(), 0.8, norm).double(), batched, rtol=0, atol=1e-6)
+    pictures = prox(v, 0.8, norm, dims=2)
+    assert pictures.shape == v.shape
+    torch.testing.assert_close(pictures[1, 2], prox(v[1, 2], 0.8, norm, dims=2))
+    if not norm.startswith("fourier"):
+        torch.testing.assert_close(pictures.flatten(-2), prox(v.flatten(-2), 0.8, norm))
+    v = noise(3, 1, 6, 7)  # the norm of attacks on pictures
+    torch.testing.assert_close(dual_measure(v, "fourier-l1", 2)[:, 0], FOURIER_LINF.measure(v))
+    torch.testing.assert_close(measure(v, "fourier-l1", 2)[:, 0], FOURIER_LINF.dual(v))
+    torch.testing.assert_close(project(v, 0.3, "fourier-linf", 2), FOURIER_LINF.project(v, 0.3))
+
+
+def test_examples() -> None:
+    assert doctest.testmod(margin_norms).failed == 0

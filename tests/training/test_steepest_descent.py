@@ -268,18 +268,18 @@ def test_invalid_data(change: dict[str, Any], complaint: str) -> None:
 
 def test_invalid_options() -> None:
     x, y = problem(2, 0, 20)
-    name: Any = "l3"
+    name: Any = "l0.5"
     for complaint, call in (
-        ("geometry: 'l3' is unknown; use l2, l1, linf", lambda: descend(x, y, name, 1)),
-        ("step: 'l3' is unknown", lambda: descend(x, y, "l2", 1, name)),
+        ("geometry: 'l0.5' is unknown; use l2, l1, linf", lambda: descend(x, y, name, 1)),
+        ("step: 'l0.5' is unknown", lambda: descend(x, y, "l2", 1, name)),
         ("step: must be positive and finite, not nan", lambda: descend(x, y, "l2", 1, math.nan)),
-        ("loss: 'l3' is unknown", lambda: descend(x, y, "l2", 1, loss=name)),
+        ("loss: 'l0.5' is unknown", lambda: descend(x, y, "l2", 1, loss=name)),
         ("record: step 2 is not between 0 and 1", lambda: descend(x, y, "l2", 1, record=(1, 2))),
-        ("norm: 'l3' is unknown", lambda: adversarial(x, y, name, 0.1, 1)),
+        ("norm: 'l0.5' is unknown", lambda: adversarial(x, y, name, 0.1, 1)),
         ("epsilon: must be at least 0 and finite, not -1", lambda: adversarial(x, y, "linf", -1, 1)),
         ("lam: must be at least 0 and finite, not -1", lambda: fista(x, y, "l1", -1, 1)),
         ("lr: must be positive and finite, not 0", lambda: adam(x, y, 1, 0)),
-        ("l3", lambda: fista(x, y, name, 0.1, 1)),
+        ("l0.5", lambda: fista(x, y, name, 0.1, 1)),
     ):
         with pytest.raises(InputError, match=complaint):
             call()

@@ -5,13 +5,16 @@ A linear score ``f(x) = w · x`` keeps point n against every change of norm at m
 
     max_w min_n y_n w · x_n / ‖w‖  =  min_q ‖Σ_n q_n y_n x_n‖_*,   q_n ≥ 0, Σ q_n = 1
 
-The right-hand side, the distance of the convex hull from the origin, gives a bound from above for every q; it is 0 if
-and only if the data are not separable. Both sides are computed here and their difference is reported.
+The right-hand side, the distance of the convex hull of the ``y_n x_n`` from the origin, gives a bound from above for
+every q; it is 0 if and only if the data are not separable. Both sides are computed here, whatever a solver says of
+itself, and their difference is reported.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -22,13 +25,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.errors import InputError
+from training.robustness.linear.interior_point import Terms, minimise
+from training.robustness.linear.margin_norms import conjugate, dual_measure, measure, order
+from training.robustness.linear.margin_norms import prox as prox
 
 Array = NDArray[np.float64]
 Backend = Literal["auto", "cvxpy", "scipy"]
 NORMS = ("l1", "l2", "linf", "fourier-l1")
+"""Those whose margins have a name among attacks; :func:`max_margin` takes others, too."""
 INSEPARABLE = 1e-9
 """A largest margin below this share of the longest point is none."""
-_CUTS, _GAP = 200, 1e-9
+_INSTALL = {"cvxpy": "pip install cvxpy", "scipy": "pip install 'vse[bias]'"}
+# Relative gap that ends the interior-point method.
+_GAP = 1e-11
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ class MaxMargin:
     Attributes:
         w: float64 ``(d,)``, scaled so that ``min_n y_n w · x_n = 1``.
         margin: ``1 / ‖w‖``, which is also the largest ε, in the dual norm, at which every point can stay.
-        gap: How far a larger margin than that cannot be, relative to it: from a dual point, whatever solver was used.
+        gap: How far a larger margin than that cannot be, relative to it: from a dual point q of its own, whatever
+            solver was used.
     """
 
     w: Tensor
@@ -46,84 +56,104 @@ class MaxMargin:
     gap: float
 
 
+class _Best:
+    """The best classifier and the best convex combination among those that solvers gave, of any positive scale."""
+
+    def __init__(self, signed: Array, norm: str) -> None:
+        self._signed, self._norm = signed, norm
+        self.w, self.lower = np.zeros(signed.shape[1]), -math.inf
+        self.q, self.upper = np.ones(len(signed)), math.inf
+
+    def offer(self, w: Array, q: Array) -> bool:
+        """Says whether the gap is closed."""
+        size = float(measure(torch.from_numpy(w), self._norm))
+        lower = float((self._signed @ w).min()) / size if 0 < size < math.inf else -math.inf
+        if lower > self.lower:
+            self.w, self.lower = w, lower
+        q = np.maximum(q, 0)
+        total = float(q.sum())
+        if 0 < total < math.inf:
+            upper = float(dual_measure(torch.from_numpy(q / total @ self._signed), self._norm))
+            if upper < self.upper:
+                self.q, self.upper = q, upper
+        return self.upper - self.lower <= _GAP * self.upper
+
+
 def max_margin(x: Tensor, y: Tensor, norm: str, backend: Backend = "auto") -> MaxMargin:
-    """The classifier with the largest margin in a norm of w.
+    """The classifier without bias that has the largest margin in a norm of w.
 
     Args:
         x: Points ``(N, d)``.
         y: Labels -1 and 1 ``(N,)``.
-        norm: ``l1``, ``l2``, ``linf``, or ``fourier-l1``, the sum of magnitudes of the orthonormal DFT.
-        backend: ``cvxpy`` (Clarabel); ``scipy`` (linear programs, non-negative least squares, and for ``fourier-l1``
-            linear programs with a cut for each phase that is met); ``auto`` takes cvxpy where it is installed.
+        norm: ``linf``, ``lp`` with p from 1 on, such as ``l1`` or ``l1.5``, or ``fourier-l1``, the sum of magnitudes
+            of the orthonormal DFT.
+        backend: ``cvxpy`` (Clarabel); ``scipy`` (linear programs for ``l1`` and ``linf``, non-negative least squares
+            for ``l2``, an interior-point method for the others, sure up to p = 10); ``auto`` takes cvxpy where it is
+            installed.
 
     Raises:
         InputError: If the data are not separable, of one class, not finite or of wrong shapes; if the norm is unknown
             or the backend is not installed.
     """
-    if norm not in NORMS:
-        raise InputError(f"norm {norm!r} is unknown; choose from {', '.join(NORMS)}")
+    p, fourier = order(norm)
+    if fourier and p != 1:
+        raise InputError(f"max_margin: {norm} has no solver; of the norms of the spectrum use fourier-l1")
+    if backend not in ("auto", *_INSTALL):
+        raise InputError(f"max_margin: backend {backend!r} is unknown; use auto, {', '.join(_INSTALL)}")
     signed = _signed(x, y)
-    longest = float(np.linalg.norm(signed, axis=1).max())
-    scaled = signed / longest  # solvers have absolute tolerances
     if backend == "auto":
         backend = "cvxpy" if find_spec("cvxpy") else "scipy"
-    if not find_spec(backend):
-        raise InputError(f"max_margin: {backend} is not installed; pip install 'vse[bias]'")
-    w, q = (_by_cvxpy if backend == "cvxpy" else _by_scipy)(scaled, norm)
-    upper = _dual_norm(q @ scaled, norm) if q is not None else 0.0
-    least = float((scaled @ w).min()) if w is not None else 0.0
-    lower = least / _norm(w, norm) if w is not None and least > 0 else 0.0
-    if upper <= INSEPARABLE or lower <= INSEPARABLE:
+    for needed in {"scipy", backend}:
+        if not find_spec(needed):
+            raise InputError(f"max_margin: {needed} is not installed; {_INSTALL[needed]}")
+    longest = float(np.linalg.norm(signed, axis=1).max())
+    scaled = signed / longest  # solvers have absolute tolerances
+    # Separable or not does not depend on the norm, and both are proved: by w, or by the weights of a mean that is 0.
+    nearest = _least_distance(scaled)
+    if nearest.lower <= INSEPARABLE:
+        used = int((nearest.q > 0).sum())
         raise InputError(
-            "the data are not separable by a line through the origin; take more dimensions or fewer points"
+            f"the data are not separable by a plane through the origin: a weighted mean of {used} points y x has"
+            f" {nearest.upper:.0e} of the length of the longest; take more dimensions or fewer points"
         )
-    assert w is not None
-    return MaxMargin(torch.from_numpy(w / least / longest), lower * longest, max(0.0, upper / lower - 1))
+    best = _Best(scaled, norm)
+    best.offer(nearest.w, nearest.q)
+    if backend == "cvxpy":
+        _by_cvxpy(scaled, p, fourier, best)
+    elif fourier:
+        _spectral(scaled, best)
+    elif p in (1, math.inf):
+        _linear_program(scaled, p, best)
+    elif p != 2:
+        _smooth(scaled, p, best)
+    w = best.w / (scaled @ best.w).min() / longest
+    return MaxMargin(torch.from_numpy(w), best.lower * longest, max(0.0, best.upper / best.lower - 1))
 
 
 def item_margins(w: Tensor, x: Tensor, y: Tensor, norm: str) -> Tensor:
-    """``y_n w · x_n / ‖w‖``, float64 ``(N,)``: each point's largest ε in the dual norm; negative where it is wrong."""
+    """``y_n w · x_n / ‖w‖``, float64 ``(N,)``: each point's largest ε in the dual norm; negative where it is wrong.
+
+    Args:
+        w: ``(d,)``; the margins of 0 are 0.
+        x: ``(N, d)``.
+        y: -1 and 1, ``(N,)``.
+        norm: Of w, as in :func:`max_margin`, or any of :mod:`training.robustness.linear.margin_norms`.
+
+    Raises:
+        InputError: If the shapes disagree or the norm is unknown.
+    """
+    if x.dim() != 2 or y.shape != x.shape[:1] or w.shape != x.shape[1:]:
+        raise InputError(
+            f"margin: w {tuple(w.shape)}, x {tuple(x.shape)}, y {tuple(y.shape)}; give (d,), (N, d), (N,)"
+        )
     w = w.double()
-    found: Tensor = y.double() * (x.double() @ w) / _norm(w.numpy(), norm)
+    found: Tensor = y.double() * (x.double() @ w) / measure(w, norm).clamp(min=torch.finfo(w.dtype).tiny)
     return found
 
 
 def margin(w: Tensor, x: Tensor, y: Tensor, norm: str) -> float:
     """The smallest of :func:`item_margins`."""
     return float(item_margins(w, x, y, norm).min())
-
-
-def prox(v: Tensor, lam: float, norm: str) -> Tensor:
-    """``argmin_u ½ ‖u - v‖₂² + lam ‖u‖`` for float64 ``(d,)``.
-
-    Soft threshold for ``l1``, of the spectrum's magnitudes for ``fourier-l1``; block shrinkage for ``l2``; by Moreau's
-    decomposition, v less its projection on the l1 ball of radius lam, for ``linf``.
-
-    Raises:
-        InputError: If the norm is unknown.
-    """
-    if norm == "l1":
-        return v.sign() * (v.abs() - lam).clamp(min=0)
-    if norm == "l2":
-        length: Tensor = torch.linalg.vector_norm(v)
-        return v * (1 - lam / length.clamp(min=1e-300)).clamp(min=0)
-    if norm == "linf":
-        return v - _on_l1_ball(v, lam)
-    if norm == "fourier-l1":
-        spectrum = torch.fft.rfft(v, norm="ortho")
-        kept = (1 - lam / spectrum.abs().clamp(min=1e-300)).clamp(min=0)
-        shrunk: Tensor = torch.fft.irfft(spectrum * kept, n=len(v), norm="ortho")
-        return shrunk
-    raise InputError(f"norm {norm!r} is unknown; choose from {', '.join(NORMS)}")
-
-
-def _on_l1_ball(v: Tensor, radius: float) -> Tensor:
-    if float(v.abs().sum()) <= radius:
-        return v
-    ordered = v.abs().sort(descending=True).values
-    thresholds = (ordered.cumsum(0) - radius) / torch.arange(1, len(v) + 1, dtype=v.dtype)
-    last = int((ordered > thresholds).sum()) - 1
-    return v.sign() * (v.abs() - thresholds[max(last, 0)].clamp(min=0)).clamp(min=0)
 
 
 def _signed(x: Tensor, y: Tensor) -> Array:
@@ -142,52 +172,7 @@ def _signed(x: Tensor, y: Tensor) -> Array:
     return signed
 
 
-def _spectrum(w: Array) -> NDArray[np.complex128]:
-    return np.fft.fft(w, norm="ortho")
-
-
-def _norm(w: Array, norm: str) -> float:
-    if norm == "fourier-l1":
-        return float(np.abs(_spectrum(w)).sum())
-    return float(np.linalg.norm(w, {"l1": 1, "l2": 2, "linf": np.inf}[norm]))
-
-
-def _dual_norm(v: Array, norm: str) -> float:
-    if norm == "fourier-l1":
-        return float(np.abs(_spectrum(v)).max())
-    return float(np.linalg.norm(v, {"l1": np.inf, "l2": 2, "linf": 1}[norm]))
-
-
-def _by_cvxpy(signed: Array, norm: str) -> tuple[Array | None, Array | None]:
-    """w and q, both of the primal problem ``min ‖w‖`` with every point on its side of 1."""
-    import cvxpy
-
-    w: Any = cvxpy.Variable(signed.shape[1])
-    if norm == "fourier-l1":
-        basis = np.fft.fft(np.eye(signed.shape[1]), norm="ortho")
-        parts = cvxpy.vstack([basis.real @ w, basis.imag @ w])
-        objective = cvxpy.sum(cvxpy.norm(parts, 2, axis=0))
-    else:
-        objective = cvxpy.norm(w, {"l1": 1, "l2": 2, "linf": "inf"}[norm])
-    sides = signed @ w >= 1
-    problem = cvxpy.Problem(cvxpy.Minimize(objective), [sides])
-    tight = {f"tol_{kind}": 1e-12 for kind in ("feas", "gap_abs", "gap_rel")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of inaccurate solutions; how good this one is will be computed from it
-        problem.solve(solver=cvxpy.CLARABEL, **tight)
-    if w.value is None or sides.dual_value is None or not problem.status.startswith("optimal"):
-        return None, None
-    weights = np.maximum(np.asarray(sides.dual_value, np.float64), 0)
-    return np.asarray(w.value, np.float64), weights / weights.sum()
-
-
-def _by_scipy(signed: Array, norm: str) -> tuple[Array | None, Array | None]:
-    if norm == "l2":
-        return _least_distance(signed)
-    return _cutting_planes(signed) if norm == "fourier-l1" else _linear_program(signed, norm)
-
-
-def _least_distance(signed: Array) -> tuple[Array, Array]:
+def _least_distance(signed: Array) -> _Best:
     """The point of the convex hull nearest to the origin, by non-negative least squares.
 
     ``min ‖[Aᵀ; 1ᵀ] r - [0; 1]‖²`` over r ≥ 0 is solved by a multiple of it (Lawson and Hanson, *Solving Least Squares
@@ -196,85 +181,121 @@ def _least_distance(signed: Array) -> tuple[Array, Array]:
     from scipy.optimize import nnls
 
     rows = np.vstack([signed.T, np.ones(len(signed))])
-    weights = nnls(rows, np.append(np.zeros(signed.shape[1]), 1.0), maxiter=100 * len(signed))[0]
-    q = weights / weights.sum()
-    return q @ signed, q
+    q = nnls(rows, np.append(np.zeros(signed.shape[1]), 1.0), maxiter=100 * sum(signed.shape))[0]
+    best = _Best(signed, "l2")
+    best.offer(q @ signed, q)
+    # The squares above lose half of the digits of small margins; the points that support the margin give them back.
+    support = q > 0
+    polished = np.linalg.lstsq(signed[support], np.ones(int(support.sum())))[0]
+    weights = np.zeros_like(q)
+    weights[support] = np.linalg.lstsq(signed[support].T, polished)[0]
+    best.offer(polished, weights)
+    return best
 
 
-def _linear_program(signed: Array, norm: str) -> tuple[Array | None, Array | None]:
-    """``min ‖w‖`` as it stands, for ``l1`` with w in two halves and for ``linf`` with a bound on every entry."""
+def _by_cvxpy(signed: Array, p: float, fourier: bool, best: _Best) -> None:
+    """``min ‖w‖`` with every point on its side of 1."""
+    import cvxpy
+
+    w: Any = cvxpy.Variable(signed.shape[1])
+    if fourier:
+        basis = np.fft.fft(np.eye(signed.shape[1]), norm="ortho")
+        parts = cvxpy.vstack([basis.real @ w, basis.imag @ w])
+        objective = cvxpy.sum(cvxpy.norm(parts, 2, axis=0))
+    else:
+        objective = cvxpy.norm(w, "inf" if p == math.inf else p)
+    sides = signed @ w >= 1
+    problem = cvxpy.Problem(cvxpy.Minimize(objective), [sides])
+    tight = {f"tol_{kind}": 1e-12 for kind in ("feas", "gap_abs", "gap_rel")}
+    # How good a solution is will be computed from it, so one that is called inaccurate may do.
+    with warnings.catch_warnings(), suppress(cvxpy.error.SolverError):
+        warnings.simplefilter("ignore")
+        problem.solve(solver=cvxpy.CLARABEL, **tight)
+    if w.value is not None and sides.dual_value is not None:
+        best.offer(np.asarray(w.value, np.float64), np.asarray(sides.dual_value, np.float64))
+
+
+def _linear_program(signed: Array, p: float, best: _Best) -> None:
+    """``min Σu`` with ``-u ≤ w ≤ u`` and every point on its side of 1; for ``linf`` all entries share one u."""
     from scipy.optimize import linprog
 
     count, dim = signed.shape
-    if norm == "l1":
-        found = linprog(np.ones(2 * dim), A_ub=np.hstack([-signed, signed]), b_ub=-np.ones(count), method="highs")
-    else:
-        sides = np.hstack([-signed, np.zeros((count, 1))])
-        bounds = np.vstack([np.hstack([sign * np.eye(dim), -np.ones((dim, 1))]) for sign in (1, -1)])
-        found = linprog(
-            np.append(np.zeros(dim), 1.0),
-            A_ub=np.vstack([sides, bounds]),
-            b_ub=np.append(-np.ones(count), np.zeros(2 * dim)),
-            bounds=(None, None),
-            method="highs",
-        )
-    if found.status != 0:
-        return None, None
-    w = found.x[:dim] - found.x[dim:] if norm == "l1" else found.x[:dim]
-    weights = np.maximum(-found.ineqlin.marginals[:count], 0)
-    return w, weights / weights.sum()
+    one = np.eye(dim)
+    limits = one if p == 1 else np.ones((dim, 1))
+    found = linprog(
+        np.append(np.zeros(dim), np.ones(limits.shape[1])),
+        A_ub=np.block([[-signed, np.zeros((count, limits.shape[1]))], [one, -limits], [-one, -limits]]),
+        b_ub=np.append(-np.ones(count), np.zeros(2 * dim)),
+        bounds=(None, None),
+        method="highs",
+    )
+    if found.status == 0:
+        best.offer(found.x[:dim], -found.ineqlin.marginals[:count])
 
 
-def _cutting_planes(signed: Array) -> tuple[Array | None, Array | None]:
-    """``min t`` with ``c · Aᵀq ≤ t`` for cosines c of Fourier-l1 norm 1; the multipliers of these make up w.
+def _smooth(signed: Array, p: float, best: _Best) -> None:
+    """``min ‖w‖_p² / 2`` with every point on its side of 1, or its dual ``min ‖Aᵀq‖_r² / 2 - Σq``, 1/p + 1/r = 1.
 
-    The cosines that ``Aᵀq`` is in phase with are added, and those without a multiplier left out, until none is
-    violated (Kelley, *The cutting-plane method for solving convex programs*, 1960).
+    Whichever has the exponent of at least 2, since the other's second derivatives are infinite at 0.
     """
-    from scipy.optimize import linprog
+    r = conjugate(p)
+    near = best
+    if p > 3 or r > 3:  # high powers are hard to start at, so by way of lower ones
+        halfway = (p + 1) / 2 if p > 3 else conjugate((r + 1) / 2)
+        near = _Best(signed, f"l{halfway}")
+        near.offer(best.w, best.q)
+        _smooth(signed, halfway, near)
+    start = near.w / (signed @ near.w).min()
+    signed = signed * np.abs(start).max()  # so that entries of w are near 1
+    if p >= 2:
 
-    count = len(signed)
-    cuts = np.vstack([_waves(row) for row in signed[:4]])
-    best_w: Array | None = None
-    best_q: Array | None = None
-    highest, least = -np.inf, np.inf
-    for _ in range(_CUTS):
-        found = linprog(  # over q, then t
-            np.append(np.zeros(count), 1.0),
-            A_ub=np.column_stack([cuts @ signed.T, -np.ones(len(cuts))]),
-            b_ub=np.zeros(len(cuts)),
-            A_eq=np.append(np.ones(count), 0.0)[None],
-            b_eq=[1.0],
-            bounds=[(0, None)] * count + [(0, None)],
-            method="highs",
-        )
-        if found.status != 0:
-            break
-        q = np.maximum(found.x[:-1], 0)
-        q /= q.sum()
-        multipliers = -found.ineqlin.marginals
-        w = multipliers @ cuts
-        reached = _dual_norm(q @ signed, "fourier-l1")
-        margin = float((signed @ w).min()) / max(_norm(w, "fourier-l1"), 1e-300)
-        if margin > highest:
-            best_w, highest = w, margin
-        if reached < least:
-            best_q, least = q, reached
-        if least - highest <= _GAP * least or least <= INSEPARABLE:
-            break
-        cuts = np.vstack([cuts[multipliers > 0], _waves(q @ signed)])
-    return best_w, best_q
+        def primal(w: Array, multipliers: Array) -> Terms:
+            return Terms(*_half_square(w, p), signed @ w - 1, signed)
+
+        minimise(primal, 2 * start / np.abs(start).max(), len(signed), best.offer)
+    else:
+
+        def dual(q: Array, multipliers: Array) -> Terms:
+            gradient, hessian = _half_square(q @ signed, r)
+            return Terms(signed @ gradient - 1, signed @ hessian @ signed.T, q, np.eye(len(q)))
+
+        def solved(q: Array, multipliers: Array) -> bool:
+            return best.offer(_half_square(q @ signed, r)[0], q)
+
+        minimise(dual, _inside(signed, near.q, f"l{p}"), len(signed), solved)
 
 
-def _waves(v: Array) -> Array:
-    """Cosines of Fourier-l1 norm 1, one per frequency and in phase with v: their products with v are ``|v̂|``."""
-    spectrum = np.fft.rfft(v, norm="ortho")
-    phases = np.exp(1j * np.angle(spectrum))
-    n = len(v)
-    waves = np.zeros((len(spectrum), len(spectrum)), np.complex128)
-    np.fill_diagonal(waves, phases)
-    # irfft adds mirror images, so each carries half; the first, and the last of an even n, have none.
-    alone = np.zeros(len(spectrum), bool)
-    alone[0] = True
-    alone[-1] = alone[-1] or n % 2 == 0
-    return np.fft.irfft(np.where(alone[:, None], waves, waves / 2), n=n, norm="ortho")
+def _half_square(v: Array, p: float) -> tuple[Array, Array]:
+    """Gradient and second derivatives of ``‖v‖_p² / 2``, p ≥ 2."""
+    largest = max(float(np.abs(v).max()), 1e-300)
+    size = largest * float(np.linalg.norm(v / largest, p))
+    unit = v / size
+    powers = np.abs(unit) ** (p - 2)
+    slope = powers * unit
+    return size * slope, (p - 1) * np.diag(powers) - (p - 2) * np.outer(slope, slope)
+
+
+def _spectral(signed: Array, best: _Best) -> None:
+    """``max Σq`` with ``|F Aᵀq|² ≤ 1`` at every frequency and q ≥ 0; the multipliers of the former make up w."""
+    count, dim = signed.shape
+    spectra = np.fft.fft(signed, norm="ortho")
+
+    def terms(q: Array, multipliers: Array) -> Terms:
+        spectrum = q @ spectra
+        jacobian = np.vstack([-2 * (spectrum.conj() * spectra).real.T, np.eye(count)])
+        curvature = 2 * ((spectra * multipliers[:dim]) @ spectra.conj().T).real
+        return Terms(-np.ones(count), curvature, np.append(1 - np.abs(spectrum) ** 2, q), jacobian)
+
+    def solved(q: Array, multipliers: Array) -> bool:
+        return best.offer(np.fft.ifft(multipliers[:dim] * (q @ spectra), norm="ortho").real, q)
+
+    minimise(terms, _inside(signed, best.q, "fourier-l1"), dim + count, solved)
+
+
+def _inside(signed: Array, q: Array, norm: str) -> Array:
+    """Positive weights near q whose combination has a dual norm of a half."""
+    q = q / q.sum()
+    small = min(0.1, float(np.linalg.norm(q @ signed) / np.linalg.norm(signed.mean(axis=0))))
+    q = q + small / len(q)
+    scaled: Array = q / (2 * float(dual_measure(torch.from_numpy(q @ signed), norm)))
+    return scaled

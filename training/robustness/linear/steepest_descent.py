@@ -235,7 +235,7 @@ def fista(x: ArrayLike, y: ArrayLike, norm: str, lam: float, steps: int) -> Arra
     Args:
         x: ``(N, d)``, converted to float64.
         y: ``(N,)``, labels -1 and 1.
-        norm: l1, l2, linf or fourier-l1; l2 is not squared.
+        norm: l1, l2, linf, another lp or fourier-l1; none is squared.
         lam: Weight of the norm, at least 0.
         steps: Number of steps.
 
