@@ -13,6 +13,7 @@ from training.errors import InputError
 from training.robustness.linear.linear_nets import ConvLinear, DeepLinear, Linear, LinearNet, train
 from training.robustness.linear.max_margin import margin, max_margin
 from training.robustness.linear.steepest_descent import descend
+from training.robustness.linear.study import draw
 
 Array = NDArray[np.float64]
 DEPTHS = (1, 2, 3, 4)
@@ -22,11 +23,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 @cache
 def problem(ratio: float, seed: int, width: int = 100) -> tuple[Array, Array]:
-    """Gaussian points in ``ratio`` times as many dimensions, labelled by the side of a random plane."""
-    rng = np.random.default_rng(seed)
-    direction = rng.standard_normal(width)
-    x = rng.standard_normal((int(width / ratio), width))
-    return x, np.sign(x @ direction)
+    """The study's data."""
+    return draw(width, ratio, seed)
 
 
 def randomised(model: LinearNet, seed: int = 0) -> LinearNet:

@@ -14,6 +14,7 @@ from training.errors import InputError
 from training.robustness.linear import steepest_descent
 from training.robustness.linear.max_margin import margin, max_margin
 from training.robustness.linear.steepest_descent import Geometry, Loss, adam, adversarial, descend, fista, log_loss
+from training.robustness.linear.study import draw
 
 Array = NDArray[np.float64]
 GEOMETRIES: tuple[Geometry, ...] = ("l2", "l1", "linf")
@@ -26,11 +27,8 @@ losses = pytest.mark.parametrize("loss", ["exp", "logistic"])
 
 @cache
 def problem(ratio: float, seed: int, width: int = 100) -> tuple[Array, Array]:
-    """Gaussian points in ``ratio`` times as many dimensions, labelled by the side of a random plane."""
-    rng = np.random.default_rng(seed)
-    direction = rng.standard_normal(width)
-    x = rng.standard_normal((int(width / ratio), width))
-    return x, np.sign(x @ direction)
+    """The study's data."""
+    return draw(width, ratio, seed)
 
 
 @cache

@@ -11,7 +11,7 @@ from httpx import Response
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
-from served import COMMENT, COUNT, Place, encoded, furnish, is_bare, jpeg, pixels, serving
+from served import COMMENT, COUNT, Place, encoded, is_bare, jpeg, pixels, serving
 from starlette.testclient import TestClient
 
 from index.gallery import Gallery
@@ -23,11 +23,6 @@ from vse_app.search_engine import SearchEngine
 from vse_app.server import Serving
 
 M = TypeVar("M", bound=BaseModel)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return furnish(tmp_path)
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from served import COUNT, Place, furnish, pixels
+from served import COUNT, Place, pixels
 
 from index.errors import GalleryError
 from index.filters import Condition
@@ -20,17 +19,6 @@ from vse_app.search_engine import Facts, Result, SearchEngine
 from vse_app.search_service import Busy, Options, SearchService
 
 WAIT = 30
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return furnish(tmp_path)
-
-
-@pytest.fixture
-def service(place: Place) -> Iterator[SearchService]:
-    with SearchService(place.gallery) as service:
-        yield service
 
 
 class Held:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from served import COMMENT, MAKER, Place, furnish, is_bare, jpeg, pixels
+from served import COMMENT, MAKER, Place, is_bare, jpeg, pixels
 
 from index.errors import GalleryError
 from index.gallery import Gallery
@@ -15,17 +13,6 @@ from vse_app.queries import Query
 from vse_app.search_engine import Facts
 from vse_app.search_service import Options, SearchService
 from vse_app.uploads import read_upload
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return furnish(tmp_path)
-
-
-@pytest.fixture
-def service(place: Place) -> Iterator[SearchService]:
-    with SearchService(place.gallery) as service:
-        yield service
 
 
 def test_what_is_kept_of_an_upload(place: Place, service: SearchService) -> None:
