@@ -21,6 +21,17 @@ FIGURES = {
 RECALLS = ("R@1", "95 %", "R@5", "95 %", "R@10", "95 %", "median rank")
 
 
+def verdict(record: dict[str, Any]) -> tuple[bool | None, str]:
+    """Whether an audit's record can be trusted, None if nothing was checked, and a line that says so."""
+    passed = [check["passed"] is True for check in record["checks"]]
+    if not passed:
+        return None, "not checked: pictures were not attacked as queries, so nothing tested the attack"
+    count = f"{sum(passed)} of {len(passed)} checks pass"
+    if all(passed) and record["trustworthy"] is True:
+        return True, f"trustworthy: {count}"
+    return False, f"NOT trustworthy: {count}; the attack may be broken, not the model robust"
+
+
 def read_audit(into: Section, folder: Path, gallery: Mapping[str, JSON]) -> None:
     """Read ``audit.json`` and its figures.
 
@@ -38,15 +49,7 @@ def read_audit(into: Section, folder: Path, gallery: Mapping[str, JSON]) -> None
         (check["passed"] is True, f"{check['number']} {check['name']}: {check['explanation']}")
         for check in record["checks"]
     ]
-    passed = sum(good for good, _ in into.checks)
-    count = f"{passed} of {len(into.checks)} checks pass"
-    if not into.checks:
-        into.verdict = "not checked: pictures were not attacked as queries, so nothing tested the attack"
-    elif passed == len(into.checks) and record["trustworthy"] is True:
-        into.trustworthy, into.verdict = True, f"trustworthy: {count}"
-    else:
-        into.trustworthy = False
-        into.verdict = f"NOT trustworthy: {count}; the attack may be broken, not the model robust"
+    into.trustworthy, into.verdict = verdict(record)
     attack = f"norm {norm}, seed {record['config']['seed']}, at most {record['config']['steps']:,} steps"
     into.facts += [("Measured on", where), ("Attack", attack)]
     model = gallery.get("model")

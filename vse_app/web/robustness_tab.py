@@ -16,6 +16,7 @@ from training.data.images import decode
 from training.errors import InputError
 from vse_app.api import MOST_TEXT, Api
 from vse_app.attack_case import THREATS, AttackRequest, AttackTarget
+from vse_app.audit_summary import verdict
 from vse_app.live_attack import Outcome, Progress, Ranked, run
 from vse_app.search_engine import SearchEngine
 from vse_app.search_service import Busy
@@ -199,18 +200,17 @@ def _model_curve(audit: Path | None) -> str:
             y_label="recall, %",
             markers=True,
         )
-        return f"<div>{chart}{_badge(record['checks'])}</div>"
+        return f"<div>{chart}{_badge(record)}</div>"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"<p>The audit cannot be read ({escape(str(error))}); run <code>vse audit</code> again.</p>"
 
 
-def _badge(checks: Sequence[dict[str, Any]]) -> str:
-    passed = sum(bool(check["passed"]) for check in checks)
-    failed = [f"{check['name']}: {check['explanation']}" for check in checks if not check["passed"]]
-    kind = "vse-likely" if not failed else "vse-failed"
-    text = f"{passed} of {len(checks)} checks of the attack pass"
+def _badge(record: dict[str, Any]) -> str:
+    trusted, said = verdict(record)
+    kind = "vse-likely" if trusted else "vse-failed"
+    failed = [f"{check['name']}: {check['explanation']}" for check in record["checks"] if not check["passed"]]
     why = "".join(f"<br>{escape(line)}" for line in failed)
-    return f'<p><span class="vse-badge {kind}">{text}</span>{why}</p>'
+    return f'<p><span class="vse-badge {kind}">{escape(said)}</span>{why}</p>'
 
 
 def _verdict(found: Outcome) -> str:
