@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vse_app import audit_verb, bias_verb, index_verb, search_verb, serve_verb
+from vse_app import audit_verb, bias_verb, harden_verb, index_verb, search_verb, serve_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
     audit_verb.add_parser(verbs)
     bias_verb.add_parser(verbs)
+    harden_verb.add_parser(verbs)
     index_verb.add_parser(verbs)
     search_verb.add_parser(verbs)
     serve_verb.add_parser(verbs)

@@ -31,8 +31,10 @@ of Z than features can make. The penalty ``margin`` addresses the left side itse
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,13 +52,16 @@ _ENTRYWISE: dict[str, Norm] = {"gradient": L2, "sign": LINF, "coordinate": L1}
 # Of the factors of the dual norm of an example, captions' side and features' side, where they are not both l2.
 _FACTORS = {"sign": (L1, L1), "coordinate": (LINF, LINF), "rows": (L1, LINF)}
 # A penalty, by the attack whose dual norm it is: its proximal operator is what the projection on their ball leaves.
-_ATTACK_OF_PENALTY: dict[str, Norm] = {"l1": LINF, "l2": L2, "linf": L1}
+ATTACK_OF_PENALTY: dict[str, Norm] = {"l1": LINF, "l2": L2, "linf": L1}
 # Pairs of captions that stand for all of them in the margin penalty of one step.
 MARGIN_PAIRS = 256
 # Singular values below this share of the largest drown in the rounding of float64, as the Gram matrix squares them.
 RANK_TOLERANCE = 1e-6
 # Below this, log(log(1 + exp(x))) is x to the last digit of float32, and exp(x) may underflow.
 LOGISTIC_TAIL = -20.0
+# A line search begins with twice the last step, the first time with this times the longest proven step, and halves it
+# until the loss falls by at least this share of what its slope promises; for a parabola 1/2 is exactly at its minimum.
+LONGEST_STEP, ARMIJO_SHARE = 2.0**30, 0.5
 
 
 def steepest_step(gradient: Tensor, optimizer: str) -> tuple[Tensor, Tensor]:
@@ -106,19 +111,29 @@ def ranking_loss(weight: Tensor, features: Tensor, gallery: Tensor, owner: Tenso
     Returns:
         ``log L`` and ``∇ log L``, ``(D, F)``.
     """
-    captions = torch.arange(len(gallery), device=gallery.device)
-    scores = (features @ weight.T) @ gallery.T  # (N, G)
-    positive = scores[owner, captions]
-    scores[owner, captions] = -math.inf
-    rivals = torch.logsumexp(scores, dim=1)  # (N,)
-    excess = rivals[owner] - positive
-    logs = torch.where(excess < LOGISTIC_TAIL, excess, F.softplus(excess.clamp(min=LOGISTIC_TAIL)).log())
+    return _ranking_loss((features @ weight.T) @ gallery.T, features, gallery, owner)
+
+
+def _ranking_loss(scores: Tensor, features: Tensor, gallery: Tensor, owner: Tensor) -> tuple[float, Tensor]:
+    """:func:`ranking_loss` from scores ``(N, G)``, which it overwrites."""
+    own = owner, torch.arange(len(gallery), device=gallery.device)
+    excess, rivals, logs = _losses(scores, own)
     total = torch.logsumexp(logs, dim=0)
     q = (F.logsigmoid(excess) - total).exp()  # (G,)
     mass = q.new_zeros(len(features)).index_add(0, owner, q)
     slopes = scores.sub_(rivals[:, None]).exp_().mul_(mass[:, None])  # own captions are 0
-    slopes[owner, captions] = -q
+    slopes[own] = -q
     return float(total) - math.log(len(gallery)), (slopes @ gallery).T @ features
+
+
+def _losses(scores: Tensor, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """``x_p`` ``(G,)``, ``log Σ_j exp(s_ij)`` ``(N,)`` and ``log softplus(x_p)`` ``(G,)``; own scores become -inf."""
+    positive = scores[own]
+    scores[own] = -math.inf
+    rivals = torch.logsumexp(scores, dim=1)
+    excess = rivals[own[0]] - positive
+    logs = torch.where(excess < LOGISTIC_TAIL, excess, F.softplus(excess.clamp(min=LOGISTIC_TAIL)).log())
+    return excess, rivals, logs
 
 
 def margin_penalty(weight: Tensor, differences: Tensor, attack: Norm) -> tuple[float, Tensor]:
@@ -145,7 +160,7 @@ def train_head(
     lam: float = 0.0,
     attack: Norm = L2,
     steps: int = 100,
-    rate: float = 1.0,
+    rate: float | None = None,
     batch: int = 1000,
     seed: int = 0,
     observe: Callable[[int, Tensor], None] | None = None,
@@ -156,7 +171,9 @@ def train_head(
 
         W ← W + rate / B² · ‖g‖_* · argmax_{‖s‖ <= 1} <g, s>
 
-    ``rate = 1`` is the longest step for which the bias is proved on separable data. It is proved for full batches.
+    ``rate = 1`` is the longest step for which the bias is proved on separable data, and far too short to fit
+    thousands of captions. The default is Armijo's line search: half of the decrease of L that its slope promises
+    (:data:`ARMIJO_SHARE`), so that optimisers compare without a step size to choose. Proofs are for full batches.
     Noise averages out in gradient descent, but sign and coordinate descent see only the sign or the place of an
     entry, so batches should be as large as time allows. All captions of the images of a batch are in it.
 
@@ -173,7 +190,7 @@ def train_head(
         lam: Weight of the penalty, at least 0.
         attack: That the ``margin`` penalty is for.
         steps: Number of steps.
-        rate: Length of the steps.
+        rate: Length of the steps; None searches each.
         batch: Images in a batch; all if there are no more.
         seed: Decides batches and pairs.
         observe: Called after each step with its number, from 1, and W, which it must not keep.
@@ -192,40 +209,98 @@ def train_head(
     """
     gallery, owner = gallery.to(features), owner.to(features.device)
     _check(features, gallery, owner)
-    _known("optimizer", optimizer, HEAD_OPTIMIZERS)
-    _known("regularizer", regularizer, HEAD_REGULARIZERS)
-    if regularizer in _ATTACK_OF_PENALTY and optimizer != "gradient":
-        raise InputError(f"regularizer: {regularizer} has steps for optimizer gradient only, not {optimizer}")
-    if not (0 <= lam < math.inf and 0 < rate < math.inf and steps >= 0 and batch >= 2):
-        raise InputError(f"lam {lam}, rate {rate}, steps {steps}, batch {batch}: give >= 0, > 0, >= 0 and >= 2")
-    unit = rate / _largest_example(features, gallery, optimizer) ** 2
+    check_settings(optimizer, regularizer, lam, steps, batch)
+    if rate is not None and not 0 < rate < math.inf:
+        raise InputError(f"rate {rate}: give a length above 0, or None")
+    proven = _largest_example(features, gallery, optimizer) ** -2
+    unit = proven * (LONGEST_STEP if rate is None else rate)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(0)
     weight = features.new_zeros(gallery.shape[1], features.shape[1])
-    rows, some, mine = features, gallery, owner
-    for number in range(1, steps + 1):
-        if len(features) > batch:
-            if len(order) < batch:
-                order = torch.randperm(len(features), generator=generator)
-            chosen, order = order[:batch].to(features.device), order[batch:]
-            place = owner.new_full((len(features),), -1)
-            place[chosen] = torch.arange(batch, device=features.device)
-            inside = place[owner] >= 0
-            rows, some, mine = features[chosen], gallery[inside], place[owner[inside]]
-        slope = ranking_loss(weight, rows, some, mine)[1]
-        if regularizer == "margin":
-            first, second = torch.randint(len(some), (2, MARGIN_PAIRS), generator=generator).to(features.device)
-            foreign = mine[first] != mine[second]
-            slope += lam * margin_penalty(weight, (some[first] - some[second])[foreign], attack)[1]
+    batches = _batches(features, gallery, owner, batch, generator)
+    for number, (rows, some, mine) in enumerate(itertools.islice(batches, steps), 1):
+        apart = _differences(some, mine, generator) if regularizer == "margin" else some[:0]
+        scores = (rows @ weight.T) @ some.T
+        value, slope = _ranking_loss(scores.clone(), rows, some, mine)
+        if len(apart):
+            slope += lam * margin_penalty(weight, apart, attack)[1]
         direction, length = steepest_step(-slope, optimizer)
-        weight += unit * length * direction
-        if regularizer in _ATTACK_OF_PENALTY:
-            weight -= _ATTACK_OF_PENALTY[regularizer].project(weight[None], unit * lam)[0]
+        step = length * direction
+        if rate is None:
+            along = (rows @ step.T) @ some.T, apart @ step
+            rise = partial(_rise, value, mine, (scores, apart @ weight), along, lam, attack)
+            unit = _line_search(rise, float(length) ** 2, unit if number == 1 else 2 * unit, proven)
+        weight += unit * step
+        if regularizer in ATTACK_OF_PENALTY:
+            weight -= ATTACK_OF_PENALTY[regularizer].project(weight[None], unit * lam)[0]
         if not math.isfinite(weight.sum()):
             raise InputError(f"rate: {rate} diverges at step {number} of {optimizer} descent; use a smaller one")
         if observe:
             observe(number, weight)
     return weight
+
+
+def check_settings(optimizer: str, regularizer: str, lam: float, steps: int, batch: int) -> None:
+    """Refuse what :func:`train_head` cannot do, whatever the data. Raises :class:`InputError`."""
+    _known("optimizer", optimizer, HEAD_OPTIMIZERS)
+    _known("regularizer", regularizer, HEAD_REGULARIZERS)
+    if regularizer in ATTACK_OF_PENALTY and optimizer != "gradient":
+        raise InputError(f"regularizer: {regularizer} has steps for optimizer gradient only, not {optimizer}")
+    if not (0 <= lam < math.inf and steps >= 0 and batch >= 2):
+        raise InputError(f"penalty {lam}, steps {steps}, batch {batch}: give >= 0, >= 0 and >= 2")
+
+
+def _batches(
+    features: Tensor, gallery: Tensor, owner: Tensor, batch: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Without end: images in random order, each once in an epoch, with all of their captions."""
+    order = torch.randperm(0)
+    while True:
+        if len(features) <= batch:
+            yield features, gallery, owner
+            continue
+        if len(order) < batch:
+            order = torch.randperm(len(features), generator=generator)
+        chosen, order = order[:batch].to(features.device), order[batch:]
+        place = owner.new_full((len(features),), -1)
+        place[chosen] = torch.arange(batch, device=features.device)
+        inside = place[owner] >= 0
+        yield features[chosen], gallery[inside], place[owner[inside]]
+
+
+def _differences(gallery: Tensor, owner: Tensor, generator: torch.Generator) -> Tensor:
+    """``v_p - v_j`` of random captions of different images."""
+    first, second = torch.randint(len(gallery), (2, MARGIN_PAIRS), generator=generator).to(gallery.device)
+    return (gallery[first] - gallery[second])[owner[first] != owner[second]]
+
+
+def _rise(
+    value: float,
+    owner: Tensor,
+    at: tuple[Tensor, Tensor],
+    along: tuple[Tensor, Tensor],
+    lam: float,
+    attack: Norm,
+    t: float,
+) -> float:
+    """What a step of length t adds to ``L / L(0)`` and to the penalty, from scores and from images of differences."""
+    own = owner, torch.arange(len(owner), device=owner.device)
+    logs = _losses(at[0] + t * along[0], own)[2]
+    grown = float(torch.logsumexp(logs, dim=0)) - math.log(len(owner)) - value
+    rise = math.expm1(grown) if grown < 1 else math.inf  # and NaN, beyond what a float holds, is no descent either
+    if len(at[1]):
+        rise += lam * float((attack.dual(at[1] + t * along[1]) - attack.dual(at[1])).mean())
+    return rise
+
+
+def _line_search(rise: Callable[[float], float], slope: float, start: float, least: float) -> float:
+    """The first t of start, start / 2, … with ``rise(t) <= -ARMIJO_SHARE · t · slope`` (Armijo, 1966), or the least.
+
+    The loss alone falls enough at the longest proven step, but a penalty may have a kink in the way.
+    """
+    t = start
+    while t > least and not rise(t) <= -ARMIJO_SHARE * t * slope:
+        t /= 2
+    return max(t, least)
 
 
 class HeadEvaluation(NamedTuple):

@@ -1,0 +1,115 @@
+"""``vse harden`` as a user runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.robustness.linear.retrieval_heads import HEAD_OPTIMIZERS, HEAD_REGULARIZERS
+from vse_app import harden_verb
+from vse_app.cli import main
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Twenty-four plain colours with two captions each, and a run that tells some apart."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    lines = ["image,caption"]
+    for number in range(24):
+        pixels = np.clip(rng.integers(256, size=3) + rng.normal(0, 9, (16, 16, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines += [f"{number}.png,word{number} shape{number % 4}", f"{number}.png,side{number % 5} word{number}"]
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    out = tmp_path_factory.mktemp("runs") / "run"
+    main(
+        f"train --data folder:{folder} --out {out} --train-split all --val-split all --model.image.size 16 "
+        "--model.dim 16 --model.text.word-dim 8 --model.text.min-count 1 --optim.epochs 8 --optim.batch-size 24 "
+        "--optim.lr 5e-3 --loss.name infonce".split()
+    )
+    return f"folder:{folder}", out
+
+
+def harden(trained: tuple[str, Path], out: Path, *more: str) -> dict[str, Any]:
+    data, run = trained
+    splits = ["--train-split", "all", "--split", "all"]
+    main(["harden", str(run), "--data", data, "--out", str(out), *splits, *more])
+    record: dict[str, Any] = json.loads((out / "harden.json").read_text(encoding="utf-8"))
+    return record
+
+
+def recall(run: Path, data: str, file: Path) -> float:
+    main(["evaluate", str(run), "--data", data, "--split", "all", "--json", str(file)])
+    found: float = json.loads(file.read_text(encoding="utf-8"))["i2t"]["r1"]
+    return found
+
+
+def test_the_table_is_about_the_run_that_is_written(
+    trained: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = harden(trained, tmp_path / "new", "--norm", "linf")
+    printed = capsys.readouterr().out
+    assert list(record["heads"]) == ["the run's own", "gradient descent", "gradient + ℓ∞ margin"]
+    for label, row in record["heads"].items():
+        assert f"{label:24}{row['clean']:8.1f}" in printed
+        for norm in ("linf", "l2", "l1"):
+            assert row["clean"] >= row[norm][0] >= row[norm][1]
+    data, run = trained
+    assert recall(run, data, tmp_path / "old.json") == pytest.approx(record["heads"]["the run's own"]["clean"])
+    new = recall(tmp_path / "new", data, tmp_path / "new.json")
+    assert new == pytest.approx(record["heads"]["gradient + ℓ∞ margin"]["clean"])
+    assert "gradient + ℓ∞ margin" in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+
+
+def test_optimisers_and_penalties_have_their_rows(trained: tuple[str, Path], tmp_path: Path) -> None:
+    few = ["--steps", "8", "--penalties", "0.3"]
+    record = harden(trained, tmp_path / "a", "--head-optimizer", "sign", "--head-regularizer", "none", *few)
+    assert list(record["heads"])[2] == "sign descent"
+    assert record["penalty"] == 0
+    record = harden(trained, tmp_path / "b", "--head-regularizer", "l1", *few)
+    assert list(record["heads"])[2] == "gradient + l1 of W"
+    assert record["penalty"] == 0.3
+    record = harden(trained, tmp_path / "c", "--head-regularizer", "none", *few)
+    assert len(record["heads"]) == 2
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    parser = argparse.ArgumentParser()
+    harden_verb.add_parser(parser.add_subparsers())
+    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    choices = {action.dest: action.choices for action in verbs.choices["harden"]._actions}
+    assert choices["head_optimizer"] == list(HEAD_OPTIMIZERS)
+    assert choices["head_regularizer"] == list(HEAD_REGULARIZERS)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--head-optimizer", "sign", "--head-regularizer", "l1"], "optimizer gradient only"),
+        (["--penalties", "-1"], "penalty -1"),
+        (["--batch", "1"], "batch 1"),
+        (["--split", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    trained: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        harden(trained, tmp_path / "new", *more)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert caught.value.code == 2
+    assert error.startswith("vse: ")
+    assert message in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_run_itself_is_not_overwritten(trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        harden(trained, trained[1])
+    assert "is the run itself" in capsys.readouterr().err
