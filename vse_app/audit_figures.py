@@ -1,4 +1,4 @@
-"""The record of an audit as figures: recall against ε, rank shifts, flipped pictures, corruptions and certificates.
+"""The record of an audit as figures: recall against ε, rank shifts, spectrum, flips, corruptions and certificates.
 
 Every line differs from its neighbours in dash and marker, and every area in lightness, not in colour alone: the
 figures hold in black-and-white print and for colour-blind readers.
@@ -6,6 +6,7 @@ figures hold in black-and-white print and for colour-blind readers.
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from training.errors import InputError
 from training.files import replacing
+from training.robustness.norms import FourierLInf, parse_norm
+from training.robustness.spectrum import radial_frequency, radial_mean
 from vse_app.audit_report import radius
 from vse_app.contact_sheet import FRAME, INK, PAPER
 
@@ -52,6 +55,7 @@ def write_figures(record: dict[str, Any], audit: Audit, out: Path) -> list[str]:
     figures = {
         "curve.png": _curves(record),
         "shifts.png": _shifts(record, audit.shown_epsilon),
+        "spectrum.png": _spectrum(record, audit),
         "corruptions.png": _corruptions(record),
         "certificates.png": _certificates(record),
     }
@@ -203,6 +207,51 @@ def _shifts(record: dict[str, Any], shown: int) -> Any:
     axes.legend(frameon=False, fontsize=9)
     bound = f"query-image, {found['queries']:,} queries; shifts are lower bounds of what an attacker can reach"
     figure.suptitle(f"{_heading(record)}\n{bound}{_warning(record)}", fontsize=9)
+    return figure
+
+
+def _spectrum(record: dict[str, Any], audit: Audit) -> Any:
+    """Mean amplitude of the perturbations against radial frequency at every ε, and what the norm allows there."""
+    found = record["threats"].get("query-image")
+    if found is None or not np.any(found["spectrum"]["amplitude"]):  # a logarithm has no place for 0
+        return None
+    name, norm = record["config"]["norm"], parse_norm(record["config"]["norm"])
+    limits = None
+    if isinstance(norm, FourierLInf):  # in bins as well: an edge of the band lies within one
+        shares = radial_mean(norm.shares(radial_frequency(*audit.picture(0).shape[-2:]))).mean
+        limits = shares.where(shares > 0, math.nan)
+    figure = _figure(7.2, 4.4)
+    from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator
+
+    axes = figure.subplots()
+    centres, amplitude = found["spectrum"]["radius"], found["spectrum"]["amplitude"]
+    radii = [point["epsilon"] for point in found["curve"]]
+    colours = colormaps["viridis"](np.linspace(0.85, 0, len(radii)))
+    for place in range(len(radii) - 1, 0, -1):  # the legend in the order of the lines
+        means = _steps(1, name) * np.asarray(amplitude[place])
+        # Outside a band there is rounding only, which would stretch the axis over many decades.
+        means[means <= means.max() / 1000] = np.nan
+        style, label = ("-o", "--s", ":^", "-.D")[place % 4], f"ε = {radius(radii[place], name)}"
+        axes.plot(centres, means, style, color=colours[place], markersize=4, label=label)
+        if limits is not None:
+            axes.plot(centres, radii[place] * limits, color=colours[place], linewidth=0.8)
+    if isinstance(norm, FourierLInf):
+        axes.plot([], [], color=GREY, linewidth=0.8, label="limit, mean of the bin")
+        if norm.band is not None:
+            axes.axvspan(*norm.band, color=GREY, alpha=0.15, linewidth=0, label="allowed band")
+    _tidy(axes)
+    unit = "8-bit steps" if name == "linf" else "pixels in [0, 1]"
+    axes.set(xlabel="radial frequency, 1 = Nyquist: half a cycle per pixel", xlim=(0, math.sqrt(2)), yscale="log")
+    axes.set_ylabel(f"mean |δ̂|, orthonormal 2-D DFT, {unit}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    kind = f"spectrum of perturbations in {NORMS.get(name, name)}"
+    figure.suptitle(
+        f"{_heading(record)}\nquery-image, {found['queries']:,} queries: {kind}{_warning(record)}", fontsize=9
+    )
     return figure
 
 

@@ -14,6 +14,7 @@ from vse_app.report_parts import Section, Table, measured_on, number, pictures, 
 FIGURES = {
     "curve.png": "Recall against the attack's radius ε",
     "shifts.png": "Histogram of how many ranks the attack moves pictures' own captions",
+    "spectrum.png": "Mean amplitude of the perturbations against radial frequency",
     "corruptions.png": "Heat map of R@1 under noise, blur, weather and compression",
     "certificates.png": "Certified and attacked R@1 against the radius of perturbed features",
     "flips.png": "Pictures before and after the attack, and the captions that each finds",

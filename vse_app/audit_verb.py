@@ -27,7 +27,12 @@ def add_parser(verbs: Any) -> None:
         help="query-image, gallery-owner, gallery-promote, query-text, corruption (default: all of them)",
     )
     verb.add_argument("--epsilons", nargs="+", metavar="ε", help=f"radii (default: {' '.join(EPSILONS)})")
-    verb.add_argument("--norm", default="linf", help="linf, l2, l1, fourier-linf or fourier-linf[low,high]")
+    verb.add_argument(
+        "--norm",
+        default="linf",
+        help="linf (default), l2, l1, fourier-linf (a limit for every frequency), fourier-linf/f (limits that fall as "
+        "1/f), or one of the last two in a band, as fourier-linf[low,high], in units of Nyquist",
+    )
     verb.add_argument(
         "--queries",
         type=int,

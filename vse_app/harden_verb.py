@@ -43,7 +43,7 @@ def add_parser(verbs: Any) -> None:
         "--penalties",
         nargs="+",
         type=float,
-        default=[0.1, 0.3, 1.0],
+        default=[0.3, 1.0, 3.0],
         metavar="SHARE",
         help="weights tried; 1 weighs the penalty of gradient descent's head like one unit of log loss",
     )

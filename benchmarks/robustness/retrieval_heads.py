@@ -12,11 +12,14 @@ all captions, and what of it is certified in linf, l2 and l1, in standard deviat
 For each norm there are two radii, at which the heads of plain gradient descent keep a half and a quarter of their
 clean R@1, and the median radius of a head's own hits, which a head with few hits chooses for itself.
 
-Hyper-parameters are chosen with the first seed, never on validation. ``all``: step size and number of steps by clean
-R@1 of 500 images of the training split, left out of training; RUN's text tower has seen their captions. ``few``: step
-size by the margin of the training pairs that theory says the optimiser maximises. A penalty weighs ``share / penalty(W
-of gradient descent)``, with the share by certified R@1 of the 500, in its norm, where gradient descent keeps a half.
-Seeds decide who trains, and the batches. RUN's own head, trained in another way on all images, is for reference.
+Steps are as long as a line search finds, so there is no step size to choose. ``all``: the number of steps, by clean
+R@1 of 500 images of the training split that are left out of training, RUN's text tower having seen their captions.
+``few``: all steps are taken, as theory wants. The weights of penalties are chosen with the first seed, by certified
+R@1 of the 500; see :func:`training.robustness.linear.head_training.train`. Seeds decide who trains, and the batches.
+RUN's own head, trained in another way on all images, is for reference.
+
+With a GPU, ``--batch 10000 --steps 300`` trains on full batches. ``--write FILE`` writes features and embeddings, in
+half precision, for a machine without the pictures, where FILE takes the place of RUN.
 """
 
 from __future__ import annotations
@@ -26,186 +29,108 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import trange
 
 from training.data.formats import load_corpus
-from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
-from training.models.features import corpus_inputs, encode_corpus
-from training.robustness.certificates import linear_head
-from training.robustness.linear.retrieval_heads import HEAD_OPTIMIZERS, HeadEvaluation, evaluate_head, train_head
-from training.robustness.norms import L1, L2, LINF, Norm
+from training.models.tower import default_device
+from training.robustness.linear.head_training import (
+    ATTACKS,
+    HeadPairs,
+    HeadRecipe,
+    TrainedHead,
+    current_head,
+    image_pairs,
+    radii_kept,
+    train,
+)
+from training.robustness.linear.retrieval_heads import HEAD_OPTIMIZERS, HeadEvaluation, evaluate_head
 
-NORMS: dict[str, Norm] = {norm.name: norm for norm in (LINF, L2, L1)}
 HELD_OUT = 500
-SHARES = (0.1, 0.3, 1.0)
-KEPT = (0.5, 0.25)
-# Pairs of captions that estimate a margin penalty.
-PAIRS = 2000
-
-
-class Recipe(NamedTuple):
-    """How a head is trained, and the norm of the attack it is meant to withstand."""
-
-    optimizer: str
-    regularizer: str
-    attack: str
-
-
+SHARES = (0.3, 1.0, 3.0)
+# Coordinate descent moves one entry of W in a step, and needs more of them.
+COORDINATE_STEPS = 10
 RECIPES = {
-    "gradient descent": Recipe("gradient", "none", "l2"),
-    "sign descent": Recipe("sign", "none", "l1"),
-    "coordinate descent": Recipe("coordinate", "none", "linf"),
-    "spectral descent": Recipe("spectral", "none", "l2"),
-    "row descent": Recipe("rows", "none", "linf"),
-    "gradient + l2 of W": Recipe("gradient", "l2", "l2"),
-    "gradient + linf of W": Recipe("gradient", "linf", "l1"),
-    "gradient + l1 of W": Recipe("gradient", "l1", "linf"),
-    "gradient + l2 margin": Recipe("gradient", "margin", "l2"),
-    "gradient + l1 margin": Recipe("gradient", "margin", "l1"),
-    "gradient + linf margin": Recipe("gradient", "margin", "linf"),
+    "gradient descent": HeadRecipe("gradient", "none", "l2"),
+    "sign descent": HeadRecipe("sign", "none", "l1"),
+    "coordinate descent": HeadRecipe("coordinate", "none", "linf"),
+    "spectral descent": HeadRecipe("spectral", "none", "l2"),
+    "row descent": HeadRecipe("rows", "none", "linf"),
+    "gradient + l2 of W": HeadRecipe("gradient", "l2", "l2"),
+    "gradient + linf of W": HeadRecipe("gradient", "linf", "l1"),
+    "gradient + l1 of W": HeadRecipe("gradient", "l1", "linf"),
+    "gradient + l2 margin": HeadRecipe("gradient", "margin", "l2"),
+    "gradient + l1 margin": HeadRecipe("gradient", "margin", "l1"),
+    "gradient + linf margin": HeadRecipe("gradient", "margin", "linf"),
+    "spectral + l2 margin": HeadRecipe("spectral", "margin", "l2"),
 }
 
 
 class Regime(NamedTuple):
-    """Training images, captions of each, and for each of :data:`HEAD_OPTIMIZERS` the steps and step sizes tried."""
+    """Training images, captions of each, and by how much there is time for more steps."""
 
     images: int | None
     captions: int
-    steps: tuple[int, ...]
-    rates: tuple[tuple[float, ...], ...]
+    more_steps: int
 
 
-# Coordinate descent moves one entry of W in a step; with few pairs there is time for more steps.
-REGIMES = {
-    "all": Regime(None, 5, (40,) * 5, ((2e4, 5e4), (1e4, 3e4), (1e5, 1e6), (5e2, 1e3), (1e6, 3e6))),
-    "few": Regime(300, 1, (200, 200, 1500, 200, 200), ((3e2, 1e3), (3e2, 1e3), (1e4,), (1e2,), (3e3, 1e4))),
-}
-
-
-class Pairs(NamedTuple):
-    """Standardised features ``(N, F)``, caption vectors ``(G, D)``, and the row a caption describes ``(G,)``."""
-
-    features: Tensor
-    gallery: Tensor
-    owner: Tensor
-
-    def images(self, rows: Tensor, captions: int | None = None) -> Pairs:
-        """Some of the images, with the first few of their captions."""
-        chosen = [(self.owner == row).nonzero().flatten()[:captions] for row in rows.tolist()]
-        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(of) for of in chosen]))
-        return Pairs(self.features[rows], self.gallery[torch.cat(chosen)], owner)
+REGIMES = {"all": Regime(None, 5, 1), "few": Regime(300, 1, 5)}
 
 
 class Data(NamedTuple):
-    """Both splits, and the certified radii of the run's own head on validation, if it is linear."""
+    """Both splits, standardised, and the certified radii of the run's own head on validation, if known."""
 
     name: str
-    train: Pairs
-    val: Pairs
+    train: HeadPairs
+    val: HeadPairs
     own_head: HeadEvaluation | None
 
-
-def load(run: str, data: str) -> Data:
-    """Features from the cache and captions embedded by the run's text tower."""
-    model = DualEncoder.from_pretrained(run, "cpu").eval()
-    parts = {}
-    for split in ("train", "val"):
-        corpus = load_corpus(data, split)
-        inputs, cached = corpus_inputs(model, corpus, "image")
-        if not cached:
-            raise InputError(f"{run}: the image tower is not frozen, so there are no fixed features; give another run")
-        features = inputs.fetch(np.arange(len(inputs)), None).values.float()
-        parts[split] = Pairs(features, encode_corpus(model, corpus)[1], torch.as_tensor(corpus.owner))
-    raw = parts["train"].features
-    mean, std = raw.mean(dim=0), raw.std(dim=0).clamp(min=1e-6)
-    train, val = (some._replace(features=(some.features - mean) / std) for some in (parts["train"], parts["val"]))
-    own_head = None
-    if model.similarity.name == "cosine":
-        head = linear_head(model.image_tower)
-        own_head = evaluate_head(head.weight * std, *val, bias=head.bias + head.weight @ mean.double())
-    return Data(corpus.name, train, val, own_head)
+    def to(self, device: torch.device) -> Data:
+        train, val = (HeadPairs(*(x.to(device) for x in pairs)) for pairs in (self.train, self.val))
+        return self._replace(train=train, val=val)
 
 
-def split(data: Data, regime: Regime, seed: int) -> tuple[Pairs, Pairs]:
+def prepare(run: str, data: str) -> dict[str, Tensor]:
+    """Standardised features in half precision, captions embedded by the run's text tower, and the run's own head."""
+    model = DualEncoder.from_pretrained(run)
+    parts = {split: image_pairs(model, load_corpus(data, split)) for split in ("train", "val")}
+    mean, std = parts["train"].features.mean(dim=0), parts["train"].features.std(dim=0).clamp(min=1e-6)
+    tensors = dict(zip(("weight", "bias"), current_head(model, mean, std), strict=True))
+    for split, pairs in parts.items():
+        features, gallery, owner = pairs.standardised(mean, std)
+        tensors |= {f"{split}.features": features.half(), f"{split}.gallery": gallery.half(), f"{split}.owner": owner}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def load(tensors: dict[str, Tensor], name: str) -> Data:
+    """What :func:`prepare` gave, all of it or without the run's own head."""
+    names = HeadPairs._fields
+    parts = {split: HeadPairs(*(tensors[f"{split}.{part}"] for part in names)) for split in ("train", "val")}
+    train, val = (HeadPairs(of.features.float(), of.gallery.float(), of.owner) for of in parts.values())
+    own_head = evaluate_head(tensors["weight"], *val, bias=tensors["bias"]) if "weight" in tensors else None
+    return Data(name, train, val, own_head)
+
+
+def split(data: Data, regime: Regime, seed: int) -> tuple[HeadPairs, HeadPairs]:
     """Training pairs of a regime and held-out images."""
     order = torch.randperm(len(data.train.features), generator=torch.Generator().manual_seed(seed))
     count = len(order) - HELD_OUT if regime.images is None else regime.images
     return data.train.images(order[HELD_OUT:][:count], regime.captions), data.train.images(order[:HELD_OUT])
 
 
-class Chosen(NamedTuple):
-    """Hyper-parameters of a head."""
-
-    steps: int
-    rate: float
-    share: float = 0.0
-
-
-def penalty(weight: Tensor, recipe: Recipe, pairs: Pairs) -> float:
-    """What a penalty of weight 1 is for a head."""
-    apart = (pairs.gallery - pairs.gallery.roll(len(pairs.gallery) // 2, 0))[:PAIRS]
-    rows = apart @ weight if recipe.regularizer == "margin" else weight[None]
-    return float(NORMS[recipe.attack].dual(rows).mean())
-
-
-def train(recipe: Recipe, chosen: Chosen, pairs: Pairs, plain: Tensor, seed: int, observe: Any = None) -> Tensor:
-    """A head; ``plain`` is that of gradient descent, which scales the penalty."""
-    lam = chosen.share / penalty(plain, recipe, pairs) if chosen.share else 0.0
-    features, gallery, owner = pairs
-    names, attack = (recipe.optimizer, recipe.regularizer), NORMS[recipe.attack]
-    settings = {"steps": chosen.steps, "rate": chosen.rate, "seed": seed, "observe": observe}
-    return train_head(features, gallery, owner, *names, lam, attack, **settings)
-
-
-def tune_optimizer(recipe: Recipe, regime: Regime, pairs: Pairs, held: Pairs) -> tuple[Chosen, Tensor]:
-    """Step size and, where it matters, number of steps; and that head. The first of equals."""
-    best: list[tuple[float, Chosen, Tensor]] = []
-    place = HEAD_OPTIMIZERS.index(recipe.optimizer)
-    steps, early = regime.steps[place], regime.images is None
-
-    def look(number: int, weight: Tensor, rate: float) -> None:
-        if number == steps or (early and number % (steps // 4) == 0):
-            found = clean_r1(weight, held) if early else matrix_margins(weight, pairs)[f"{recipe.optimizer} margin"]
-            if not best or found > best[0][0]:
-                best[:] = [(found, Chosen(number, rate), weight.clone())]
-
-    for rate in regime.rates[place]:
-        train(recipe, Chosen(steps, rate), pairs, torch.empty(0), 0, partial(look, rate=rate))
-    return best[0][1:]
-
-
-def tune_penalty(recipe: Recipe, plain: Tensor, base: Chosen, pairs: Pairs, held: Pairs) -> tuple[Chosen, Tensor]:
-    """The weight of a penalty, and that head."""
-    radius = radii_kept(evaluate_head(plain, *held).radii[recipe.attack])[:1]
-    choices = [base._replace(share=share) for share in SHARES]
-    heads = [train(recipe, chosen, pairs, plain, 0) for chosen in choices]
-    kept = [float(evaluate_head(weight, *held).curve(recipe.attack, radius)) for weight in heads]
-    return max(zip(kept, choices, heads, strict=True), key=lambda head: head[0])[1:]
-
-
-def clean_r1(weight: Tensor, pairs: Pairs) -> float:
-    """R@1, without the care for ties that :func:`evaluate_head` takes."""
-    best = (pairs.features @ weight.T @ pairs.gallery.T).argmax(dim=1)
-    return float((pairs.owner[best] == torch.arange(len(best))).double().mean())
-
-
-def radii_kept(radii: Tensor) -> list[float]:
-    """The radii at which shares :data:`KEPT` of the hits are still certified."""
-    return [float(radii[radii > 0].quantile(1 - share)) for share in KEPT]
-
-
-def matrix_margins(weight: Tensor, pairs: Pairs) -> dict[str, float]:
+def matrix_margins(weight: Tensor, pairs: HeadPairs) -> dict[str, float]:
     """``min m / ‖W‖`` in the norm of each optimiser, which is what it maximises on separable pairs."""
     weight = weight.double()
     scores = (pairs.features.double() @ weight.T) @ pairs.gallery.double().T
-    own = pairs.owner == torch.arange(len(scores))[:, None]
+    own = pairs.owner == torch.arange(len(scores), device=scores.device)[:, None]
     margins = scores.masked_fill(~own, torch.inf).amin(1) - scores.masked_fill(own, -torch.inf).amax(1)
     entries = weight.abs()
     sizes = weight.norm(), entries.max(), entries.sum(), torch.linalg.svdvals(weight)[0], entries.sum(dim=1).max()
@@ -223,31 +148,34 @@ def figures(evaluation: HeadEvaluation, radii: dict[str, list[float]]) -> dict[s
     return row
 
 
-def study(data: Data, name: str, seeds: int) -> Iterator[dict[str, Any]]:
-    """Tune, train and measure all heads of a regime; what is known after each seed."""
+def study(data: Data, name: str, seeds: int, steps: int, batch: int) -> Iterator[dict[str, Any]]:
+    """Train and measure all heads of a regime; what is known after each seed."""
     regime = REGIMES[name]
-    chosen: dict[str, Chosen] = {}
+    chosen: dict[str, list[TrainedHead]] = {label: [] for label in RECIPES}
     found: dict[str, list[HeadEvaluation]] = {label: [] for label in RECIPES}
     trained: dict[str, list[dict[str, float]]] = {label: [] for label in RECIPES}
     for seed in range(seeds):
         pairs, held = split(data, regime, seed)
-        plain = torch.empty(0)
         for label, recipe in RECIPES.items():
+            more = regime.more_steps * (COORDINATE_STEPS if recipe.optimizer == "coordinate" else 1)
+            recipe = replace(recipe, steps=more * steps, batch=batch, shares=SHARES)
             if seed:
-                weight = train(recipe, chosen[label], pairs, plain, seed)
-            elif recipe.regularizer == "none":
-                chosen[label], weight = tune_optimizer(recipe, regime, pairs, held)
-            else:
-                chosen[label], weight = tune_penalty(recipe, plain, chosen["gradient descent"], pairs, held)
-            if label == "gradient descent":
-                plain = weight
-            found[label].append(evaluate_head(weight, *data.val))
+                recipe = replace(recipe, shares=(chosen[label][0].share,))
+            plain = chosen["gradient descent"][seed].weight if recipe.regularizer != "none" else None
+            with trange(recipe.steps, desc=f"{name} {seed} {label}", leave=False) as bar:
+                done = lambda number, bar=bar: bar.update(number - bar.n)  # noqa: E731
+                head = train(recipe, pairs, held, plain, seed, done, early_stopping=regime.images is None)
+            chosen[label].append(head)
+            found[label].append(evaluate_head(head.weight, *data.val))
             if regime.images:
-                row = {"clean R@1": 100 * (own := evaluate_head(weight, *pairs)).clean}
+                row = {"clean R@1": 100 * (own := evaluate_head(head.weight, *pairs)).clean}
                 least = {f"{norm} least": float(of.min()) for norm, of in own.radii.items()}
-                trained[label].append(row | least | matrix_margins(weight, pairs))
-            print(f"{name} {seed} {label}: R@1 {100 * found[label][-1].clean:.1f}, {chosen[label]}", file=sys.stderr)
-        kept = {norm: [radii_kept(of.radii[norm]) for of in found["gradient descent"]] for norm in NORMS}
+                trained[label].append(row | least | matrix_margins(head.weight, pairs))
+            print(
+                f"{name} {seed} {label}: R@1 {100 * found[label][-1].clean:.1f}, step {head.steps}, {head.share:g}",
+                file=sys.stderr,
+            )
+        kept = {norm: [radii_kept(of.radii[norm]) for of in found["gradient descent"]] for norm in ATTACKS}
         radii = {norm: np.mean(of, axis=0).tolist() for norm, of in kept.items()}
         rows = {label: [figures(of, radii) for of in some] for label, some in found.items()}
         if data.own_head:
@@ -256,7 +184,9 @@ def study(data: Data, name: str, seeds: int) -> Iterator[dict[str, Any]]:
             "images": len(pairs.features),
             "captions": len(pairs.gallery),
             "radii": radii,
-            "chosen": {label: some._asdict() for label, some in chosen.items()},
+            "chosen": {
+                label: [{"steps": head.steps, "share": head.share} for head in of] for label, of in chosen.items()
+            },
             "validation": rows,
             "training": trained if regime.images else {},
         }
@@ -276,21 +206,34 @@ def grid(heads: dict[str, list[dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="run directory or hub name, with a frozen image tower")
+    parser.add_argument("run", metavar="RUN", help="run directory or hub name, or a FILE of --write")
     parser.add_argument("--data", required=True, help="KIND:PATH")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="only write what another machine needs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=1000, help="images")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    data = load(args.run, args.data)
+    tensors = load_file(args.run) if args.run.endswith(".safetensors") else prepare(args.run, args.data)
+    if args.write:
+        save_file(tensors, args.write)
+        return
+    data = load(tensors, args.data).to(default_device())
     sizes = {name: list(of.shape) for name, of in data.val._asdict().items()}
-    report: dict[str, Any] = {"data": data.name, "validation": sizes, "torch": torch.__version__, "regimes": {}}
+    machine = "cpu"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+        torch.set_float32_matmul_precision("high")  # TF32; what is measured is computed in float64
+    report: dict[str, Any] = {"data": data.name, "validation": sizes, "torch": torch.__version__, "device": machine}
+    report |= {"steps": args.steps, "batch": args.batch, "regimes": {}}
     for name in args.regimes:
-        for of in study(data, name, args.seeds):
+        for of in study(data, name, args.seeds, args.steps, args.batch):
             report["regimes"][name] = of
             if args.json:
                 args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"\n{name}: {of['images']} images, {of['captions']} captions of {data.name}; validation {sizes}")
+        print(f"{args.steps} steps of {args.batch} images, {machine}")
         print("radii", {norm: [float(f"{radius:.3g}") for radius in at] for norm, at in of["radii"].items()})
         print(grid(of["validation"]))
         print("training pairs\n" + grid(of["training"]) if of["training"] else "", flush=True)

@@ -11,7 +11,7 @@ from training.robustness.attack_trials import closed_form
 from training.robustness.attacks import Objective, Value, apgd, fgsm, pgd, square
 from training.robustness.attacks import _checkpoints as checkpoints
 from training.robustness.balls import Ball
-from training.robustness.norms import FOURIER_LINF, L1, L2, LINF, FourierLInf, Norm
+from training.robustness.norms import FOURIER_LINF, L1, L2, LINF, FourierLInf, Norm, parse_norm
 
 SHAPE = (3, 3, 8, 8)
 
@@ -46,7 +46,12 @@ def worst(images: Tensor, epsilon: float) -> Tensor:
     return (best * WEIGHTS).flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("norm", [LINF, L2, L1, FOURIER_LINF, FourierLInf((0.1, 0.9))], ids=str)
+ONE_OVER_F, SOME_ONE_OVER_F = parse_norm("fourier-linf/f"), parse_norm("fourier-linf/f[0.1,0.9]")
+
+
+@pytest.mark.parametrize(
+    "norm", [LINF, L2, L1, FOURIER_LINF, FourierLInf((0.1, 0.9)), ONE_OVER_F, SOME_ONE_OVER_F], ids=str
+)
 def test_linear_worst_case_is_reached_in_every_norm(norm: Norm) -> None:
     assert closed_form(norm).passed, closed_form(norm)
 
@@ -58,7 +63,7 @@ def test_linear_worst_case_in_the_box(attack: object) -> None:
     torch.testing.assert_close(found.loss, worst(images, 0.1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("norm", [LINF, L2, L1, FOURIER_LINF], ids=str)
+@pytest.mark.parametrize("norm", [LINF, L2, L1, FOURIER_LINF, ONE_OVER_F, SOME_ONE_OVER_F], ids=str)
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd", "square"])
 def test_every_attack_stays_inside_and_says_what_it_found(norm: Norm, name: str) -> None:
     images = pictures()

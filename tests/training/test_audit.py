@@ -22,7 +22,8 @@ from training.robustness import audit as audit_module
 from training.robustness.audit import Audit, AuditConfig
 from training.robustness.balls import Ball
 from training.robustness.curves import AttackSettings, attack_curve, smallest_epsilon
-from training.robustness.norms import LINF
+from training.robustness.norms import LINF, FourierLInf
+from training.robustness.spectrum import radial_frequency, radial_mean
 
 SMALL = AuditConfig(
     queries=24, others=8, epsilons=(1 / 255, 12 / 255, 24 / 255), steps=10, trials=3, severities=(3,), seed=1
@@ -117,6 +118,26 @@ def test_flips_show_what_was_found(record: dict[str, Any], corpus: Corpus) -> No
         assert flip["before"][0] in own
         assert flip["after"][0] not in own
         assert flip["rank"] > 0
+
+
+def test_spectrum_is_that_of_the_perturbations(
+    record: dict[str, Any], model: DualEncoder, corpus: Corpus, tmp_path: Path
+) -> None:
+    found = record["threats"]["query-image"]["spectrum"]
+    amplitude = np.asarray(found["amplitude"])
+    assert amplitude.shape == (1 + len(SMALL.epsilons), len(found["radius"]))
+    assert (amplitude[0] == 0).all()
+    assert (amplitude[1:].mean(1) <= SMALL.epsilons).all()  # by Parseval
+    assert (np.diff(amplitude.mean(1)) > 0).all()
+    audit = Audit(model, corpus, replace(SMALL, norm="fourier-linf/f[0,0.5]"), tmp_path)
+    norm = audit.settings.norm
+    assert isinstance(norm, FourierLInf)
+    limits = radial_mean(norm.shares(radial_frequency(16, 16))).mean.numpy()
+    part = audit._picture("query-image", list(range(8)), 0)
+    for (radius, mean), epsilon in zip(part["spectra"], (0.0, *SMALL.epsilons), strict=True):
+        assert radius == found["radius"]
+        assert (np.asarray(mean) <= epsilon * limits + 1e-6).all()
+        assert (np.asarray(mean) >= 0.9 * epsilon * limits).all()
 
 
 def test_a_killed_audit_goes_on_and_ends_the_same(

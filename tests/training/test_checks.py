@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from training.robustness.attack_trials import Trials, closed_form, noisy_copy, p
 from training.robustness.balls import Ball
 from training.robustness.checks import Check
 from training.robustness.curves import AttackSettings
-from training.robustness.norms import L1, L2, LINF, FourierLInf
+from training.robustness.norms import L1, L2, LINF, FourierLInf, parse_norm
 from training.robustness.retrieval_threats import QueryImage
 
 RANKS = np.array([0, 3, 1])
@@ -141,11 +142,18 @@ def test_planted_weakness_is_missed_without_gradients() -> None:
     assert not planted(blind, of.images, ball, of.settings).passed
 
 
-@pytest.mark.parametrize("norm", [LINF, L2, L1, FourierLInf()], ids=str)
+@pytest.mark.parametrize("norm", [LINF, L2, L1, FourierLInf(), parse_norm("fourier-linf/f[0,0.9]")], ids=str)
 def test_planted_weaknesses_are_found_in_every_norm(norm: object) -> None:
     of = trials(Encoder())
-    radius = {"linf": 0.05, "l2": 0.5, "l1": 5.0, "fourier-linf": 0.1}[str(norm)]
+    radius = {"linf": 0.05, "l2": 0.5, "l1": 5.0, "fourier-linf": 0.1, "fourier-linf/f[0,0.9]": 0.5}[str(norm)]
     assert planted(of.threat, of.images, Ball(norm, radius), of.settings).passed  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", ["fourier-linf", "fourier-linf[0,0.7]", "fourier-linf/f", "fourier-linf/f[0,0.9]"])
+def test_the_large_radius_allows_for_what_a_norm_leaves_out(norm: str) -> None:
+    of = trials(Encoder())
+    found = replace(of, settings=replace(of.settings, norm=parse_norm(norm))).large_radius()
+    assert found.passed, found
 
 
 def test_closed_form_notices_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from training.errors import InputError
 from training.robustness import norms as norms_module
 from training.robustness.balls import Ball
-from training.robustness.norms import FOURIER_LINF, L1, L2, LINF, FourierLInf, Norm, parse_norm
+from training.robustness.norms import FOURIER_LINF, L1, L2, LINF, FourierLInf, Norm, one_over_f, parse_norm
 
 BAND = FourierLInf((0.1, 0.8))
 PROFILE = FourierLInf(profile=lambda radius: 1 / (1 + 4 * radius))
-NORMS = [LINF, L2, L1, FOURIER_LINF, BAND, PROFILE]
+ONE_OVER_F, LOW_ONE_OVER_F = parse_norm("fourier-linf/f"), parse_norm("fourier-linf/f[0,0.5]")
+NORMS = [LINF, L2, L1, FOURIER_LINF, BAND, PROFILE, ONE_OVER_F, LOW_ONE_OVER_F]
 SHAPE = (4, 3, 6, 6)
 norms = pytest.mark.parametrize("norm", NORMS, ids=str)
 
@@ -89,7 +90,7 @@ def test_projection_is_the_nearest_point(norm: Norm) -> None:
         # Points on the sphere towards other directions, made without a projection.
         vertex = rows(radius) * norm.steepest(other)
         assert (dot(x - nearest, vertex - nearest) <= 1e-8).all()
-    if norm is not BAND:
+    if norm not in (BAND, LOW_ONE_OVER_F):
         torch.testing.assert_close(nearest[3], x[3])
     torch.testing.assert_close(norm.project(x, 0.5)[1], nearest[1])
 
@@ -113,9 +114,10 @@ def test_moreau_decomposition(norm: Norm) -> None:
         spectrum = torch.fft.fft2(x, norm="ortho")
         frequencies = torch.fft.fftfreq(6, dtype=torch.float64)
         radial = (frequencies[:, None] ** 2 + frequencies**2).sqrt() / 0.5
-        shrunk = soft(spectrum, radius / (1 + 4 * radial) if norm is PROFILE else radius)
-        if norm is BAND:  # frequencies outside cost nothing
-            shrunk = torch.where((radial >= 0.1) & (radial <= 0.8), shrunk, spectrum)
+        assert isinstance(norm, FourierLInf)
+        shrunk = soft(spectrum, radius * (torch.ones_like(radial) if norm.profile is None else norm.profile(radial)))
+        if norm.band is not None:  # frequencies outside cost nothing
+            shrunk = torch.where((radial >= norm.band[0]) & (radial <= norm.band[1]), shrunk, spectrum)
         proximal = torch.fft.ifft2(shrunk, norm="ortho")
         assert proximal.imag.abs().max() < 1e-12
         proximal = proximal.real
@@ -169,6 +171,21 @@ def test_profile_bounds_each_frequency() -> None:
     torch.testing.assert_close(FourierLInf(profile=torch.ones_like).project(x, 0.3), FOURIER_LINF.project(x, 0.3))
 
 
+def test_one_over_f_falls_from_a_sixteenth_of_nyquist() -> None:
+    """ε(ω) = ε min(1, 1 / (16 |ω|)), in the band, whatever the size of the picture."""
+    for norm, highest in ((ONE_OVER_F, 2.0), (LOW_ONE_OVER_F, 0.5)):
+        for height, width in ((64, 64), (33, 48)):
+            x, epsilon = draw(1, 3, height, width), 0.3
+            point = epsilon * norm.steepest(x)
+            magnitudes = torch.fft.fft2(point, norm="ortho").abs().amax((0, 1))
+            for u in range(height):
+                for v in range(width):
+                    down, across = 2 * min(u, height - u) / height, 2 * min(v, width - v) / width
+                    frequency = math.hypot(down, across)
+                    limit = epsilon * min(1, 1 / (16 * max(frequency, 1e-9))) if frequency <= highest else 0
+                    assert float(magnitudes[u, v]) == pytest.approx(limit, abs=1e-12)
+
+
 @norms
 def test_linear_worst_case_is_attained(norm: Norm) -> None:
     weights, centres = draw(*SHAPE), draw(*SHAPE, seed=1)
@@ -179,7 +196,14 @@ def test_linear_worst_case_is_attained(norm: Norm) -> None:
 
 @pytest.mark.parametrize(
     ("norm", "epsilon"),
-    [(LINF, 8 / 255), (L2, 2.0), (L1, 12.0), (FOURIER_LINF, 8 / 255), (FourierLInf((0, 0.25)), 8 / 255)],
+    [
+        (LINF, 8 / 255),
+        (L2, 2.0),
+        (L1, 12.0),
+        (FOURIER_LINF, 8 / 255),
+        (FourierLInf((0, 0.25)), 8 / 255),
+        (ONE_OVER_F, 1.0),
+    ],
     ids=str,
 )
 def test_both_constraints_hold_in_large_pictures(norm: Norm, epsilon: float) -> None:
@@ -195,9 +219,9 @@ def test_both_constraints_hold_in_large_pictures(norm: Norm, epsilon: float) -> 
         assert norm.measure(points.double() - centres.double()) >= 0.99 * epsilon
 
 
-def test_band_keeps_its_strength_where_pictures_allow() -> None:
+def test_limits_keep_their_strength_where_pictures_allow() -> None:
     centres = pictures(2, 3, 64, 64, dtype=torch.float32)[1:] * 0.98 + 0.01
-    for band in (BAND, FourierLInf((0, 0.25))):
+    for band in (BAND, FourierLInf((0, 0.25)), ONE_OVER_F, LOW_ONE_OVER_F):
         ball = Ball(band, 8 / 255)
         gradient = draw(*centres.shape, dtype=torch.float32)
         points = ball.project(ball.step(centres, centres, gradient, 2 * ball.epsilon), centres)
@@ -297,14 +321,20 @@ def test_violation_reports_what_is_broken(norm: Norm) -> None:
 
 
 def test_names() -> None:
-    for norm in (LINF, L2, L1, FOURIER_LINF, BAND):
+    for norm in (LINF, L2, L1, FOURIER_LINF, BAND, ONE_OVER_F, LOW_ONE_OVER_F):
         assert parse_norm(norm.name).name == str(norm) == norm.name
+        torch.testing.assert_close(parse_norm(norm.name).dual(draw(*SHAPE)), norm.dual(draw(*SHAPE)), rtol=0, atol=0)
+    fine = FourierLInf((1e-5, 0.12345678), one_over_f)
+    assert fine.name == "fourier-linf/f[0.00001,0.12345678]"
+    assert parse_norm(fine.name).band == fine.band  # type: ignore[attr-defined]
     assert parse_norm("l1") is L1
     assert BAND.name == "fourier-linf[0.1,0.8]"
     assert doctest.testmod(norms_module).failed == 0
 
 
-@pytest.mark.parametrize("name", ["l3", "", "fourier-linf[0.1]", "fourier-linf[a,b]", "fourier-linf[0.5,0.1]"])
+@pytest.mark.parametrize(
+    "name", ["l3", "", "fourier-linf[0.1]", "fourier-linf[a,b]", "fourier-linf/g", "fourier-linf/f[0.5,0.1]"]
+)
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"fourier-linf.*low") as error:
         parse_norm(name)
@@ -319,3 +349,5 @@ def test_impossible_balls_are_refused() -> None:
         Ball(L2, 1.0, 1.0, 0.0)
     with pytest.raises(InputError, match="needs pictures"):
         FOURIER_LINF.measure(torch.zeros(2, 5))
+    with pytest.raises(InputError, match=r"fourier-linf\[0.4,0.45\]: no frequency of 4 × 6 pixels lies in the band"):
+        FourierLInf((0.4, 0.45)).measure(torch.zeros(1, 4, 6))

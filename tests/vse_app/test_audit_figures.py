@@ -16,10 +16,11 @@ from torch import Tensor
 from training.errors import InputError
 from training.robustness import summary
 from training.robustness.corruptions import CORRUPTIONS
+from training.robustness.spectrum import radial_spectrum
 from vse_app.audit_figures import write_figures
 
 EPSILONS = (0.0, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)
-ALL = {"curve.png", "shifts.png", "flips.png", "corruptions.png", "certificates.png"}
+ALL = {"curve.png", "shifts.png", "spectrum.png", "flips.png", "corruptions.png", "certificates.png"}
 
 
 @dataclass
@@ -63,6 +64,9 @@ def make_record(out: Path, audit: StubAudit, every: bool = True) -> dict[str, An
     threats = {"query-image": curve("query-image", rng, 200)}
     radii = rng.exponential(1.2 / 255, 90)
     threats["query-image"] |= summary.query_extras(radii, rng.random((6, 200, 2)))
+    radius, mean = radial_spectrum(torch.from_numpy(rng.normal(size=(3, 128, 128))))
+    amplitude = [(epsilon * mean).tolist() for epsilon in EPSILONS]
+    threats["query-image"]["spectrum"] = {"radius": radius.tolist(), "amplitude": amplitude}
     (out / "parts").mkdir(parents=True, exist_ok=True)
     flips = []
     for number in range(6):
@@ -126,14 +130,14 @@ def test_every_figure_is_written(audit: StubAudit, tmp_path: Path) -> None:
 def sizes_of_curve(record: dict[str, Any], audit: StubAudit, out: Path) -> int:
     (out / "parts").mkdir(parents=True)
     names = write_figures(record, audit, out)  # type: ignore[arg-type]
-    assert set(names) == ALL - {"shifts.png", "flips.png"}
+    assert set(names) == ALL - {"shifts.png", "spectrum.png", "flips.png"}
     return sizes(out, names)["curve.png"][0]
 
 
 def test_absent_threats_are_not_drawn(audit: StubAudit, tmp_path: Path) -> None:
     record = make_record(tmp_path, audit, every=False)
     names = write_figures(record, audit, tmp_path)  # type: ignore[arg-type]
-    assert set(names) == {"curve.png", "shifts.png", "flips.png"}
+    assert set(names) == {"curve.png", "shifts.png", "spectrum.png", "flips.png"}
     sizes(tmp_path, names)
     record["threats"] = {"query-text": {}}
     assert write_figures(record, audit, tmp_path) == []  # type: ignore[arg-type]
@@ -176,6 +180,7 @@ def test_what_is_missing_does_not_crash(audit: StubAudit, tmp_path: Path) -> Non
     sizes(tmp_path, names)
     record["certificates"] = dict.fromkeys(("linf", "l2", "l1"), record["certificates"]["l2"])
     query["ranks"] = np.zeros((6, 3, 1), dtype=int).tolist()
+    query["spectrum"]["amplitude"] = np.zeros((6, 24)).tolist()
     assert set(write_figures(record, audit, tmp_path)) == {"curve.png", "shifts.png", "corruptions.png"}  # type: ignore[arg-type]
 
 

@@ -94,7 +94,8 @@ def test_json_is_json(run: Path, record: dict[str, Any]) -> None:
 def test_other_norms_and_single_threats(
     photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for norm, radius in (("l2", "0.5"), ("l1", "3"), ("fourier-linf", "8/255"), ("fourier-linf[0,0.5]", "8/255")):
+    fourier = ("fourier-linf", "fourier-linf[0,0.5]", "fourier-linf/f", "fourier-linf/f[0,0.5]")
+    for norm, radius in (("l2", "0.5"), ("l1", "3"), *((name, "8/255") for name in fourier)):
         out = tmp_path / norm
         command = ["audit", str(run), "--data", f"folder:{photos}", "--split", "all", "--no-plot", "--out", str(out)]
         main(
@@ -127,6 +128,8 @@ def test_other_norms_and_single_threats(
         (["--epsilons", "some"], "not a number"),
         (["--norm", "l2"], "add --epsilons"),
         (["--norm", "l3", "--epsilons", "1"], "'l3' is unknown"),
+        (["--norm", "fourier-linf/f2", "--epsilons", "1"], "fourier-linf/f, or one of the last two in a band"),
+        (["--norm", "fourier-linf[0.01,0.02]", "--epsilons", "1"], "no frequency of 16 × 16 pixels lies in the band"),
         (["--threat", "query-smell"], "choose from query-image"),
         (["--queries", "-3"], "at least 1"),
         (["--characters", "0"], "characters"),

@@ -29,10 +29,13 @@ from training.robustness.feature_space import certify
 from training.robustness.norms import parse_norm
 from training.robustness.parts import Parts
 from training.robustness.retrieval_threats import GalleryImage, QueryImage, QueryText, Threat
+from training.robustness.spectrum import radial_spectrum
 from training.robustness.text_edits import TextBudget, attack_captions
 
 PICTURE_THREATS = ("query-image", "gallery-owner", "gallery-promote")
 THREATS = (*PICTURE_THREATS, "query-text", "corruption")
+FORMAT = 2
+"""Of the parts: grows with what they record, so that older ones are not taken over."""
 CHUNK = 20
 """Queries that are attacked together, and lost together when the process is killed."""
 SHOWN = 2
@@ -124,6 +127,7 @@ class Audit:
             batch_size=8 if model.device.type == "cpu" else 64,
         )
         identity = {
+            "format": FORMAT,
             "settings": asdict(config),
             "weights": model.fingerprint(),
             "images": corpus.fingerprint("image"),
@@ -136,6 +140,7 @@ class Audit:
         images, captions = encode_corpus(model, corpus)
         self.images, self.captions = images.to(model.device), captions.to(model.device)
         self._refuse_collapse()
+        self.settings.norm.measure(self._fetch(self.order[:1]))  # refuses a band without a frequency of such pictures
         self.parts = Parts(out / "parts", identity)
 
     def run(self) -> dict[str, Any]:
@@ -222,6 +227,9 @@ class Audit:
         if isinstance(threat, QueryImage):
             record["epsilon50"] = smallest_epsilon(threat, images, curve, self.settings).tolist()
             record["cosines"] = [self._extremes(threat, points) for points in curve.points]
+            record["spectra"] = [
+                [values.tolist() for values in radial_spectrum(points - images)] for points in curve.points
+            ]
             record["flips"] = self._keep_flips(threat, curve.ranks, curve.points, f"{name}-{number:03}", rows)
         return record
 
@@ -324,6 +332,9 @@ class Audit:
             smallest = np.concatenate([part["epsilon50"] for part in parts])
             cosines = np.concatenate([np.asarray(part["cosines"]) for part in parts], axis=1)
             found |= summary.query_extras(smallest, cosines)
+            found["spectrum"] = summary.spectrum(
+                [part["spectra"] for part in parts], [len(part["rows"]) for part in parts]
+            )
             flips = sorted((flip for part in parts for flip in part["flips"]), key=lambda flip: -flip["rank"])
             found["flips"] = flips[:6]
         return found

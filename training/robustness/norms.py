@@ -7,10 +7,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training.errors import InputError
+from training.robustness.spectrum import radial_frequency
 
 # Rounds of alternating projections; what is still violated after them is mended by scaling.
 DYKSTRA_ROUNDS = 50
@@ -22,6 +24,8 @@ PUSH_ROUNDS = 100
 ROUNDING = 5e-7
 # Largest coefficient outside the band that counts as rounding, absolute or relative to the largest inside.
 BAND_TOLERANCE = 1e-6
+# Radial frequency, in units of Nyquist, from which the limits of fourier-linf/f fall.
+KNEE = 1 / 16
 
 
 def per_row(value: Tensor | float, x: Tensor) -> Tensor:
@@ -214,6 +218,22 @@ class L1Norm(_Thresholded):
         return x - clip(x, -threshold, threshold)
 
 
+def one_over_f(radius: Tensor) -> Tensor:
+    """The profile of ``fourier-linf/f``: ``min(1, w0 / ω)``, with w0 = :data:`KNEE`.
+
+    Amplitudes of natural pictures fall as ``1/f`` (Field, *Relations between the statistics of natural images and the
+    response properties of cortical cells*, 1987). That w0 is a share of Nyquist and not a cycle per picture keeps the
+    profile a function of ω alone, the same in pictures of every size, and the smallest share, 1/23, above rounding.
+
+    Args:
+        radius: Radial frequencies, 1 at Nyquist.
+
+    Returns:
+        Shares of ε, like ``radius``.
+    """
+    return (KNEE / radius).clamp(max=1)
+
+
 class FourierLInf(Norm):
     """Largest magnitude of the spectrum: the orthonormal 2-D DFT over the last two dimensions, per channel.
 
@@ -225,18 +245,23 @@ class FourierLInf(Norm):
     Args:
         band: Lowest and highest radial frequency allowed, both inclusive, as fractions of the Nyquist
             frequency, half a cycle per pixel; corners of the spectrum reach √2. None for all frequencies.
-        profile: Radial frequencies, in the same unit, to positive shares of ε. None for 1 everywhere.
+        profile: Radial frequencies, in the same unit, to positive shares of ε, as :func:`one_over_f`. None for 1
+            everywhere.
 
     Raises:
-        InputError: If not ``0 <= low < high``; later, if an input is not ``(B, ..., H, W)``.
+        InputError: If not ``0 <= low < high``; later, if an input is not ``(B, ..., H, W)``, or so small that none of
+            its frequencies lies in the band.
     """
 
     def __init__(
         self, band: tuple[float, float] | None = None, profile: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.band, self.profile = band, profile
-        self.name = "fourier-linf" if band is None else f"fourier-linf[{band[0]:g},{band[1]:g}]"
-        self.name += "" if profile is None else " with a profile"
+        self.name = "fourier-linf/f" if profile is one_over_f else "fourier-linf"
+        if band is not None:
+            low, high = (np.format_float_positional(limit, trim="-") for limit in band)
+            self.name += f"[{low},{high}]"
+        self.name += "" if profile in (None, one_over_f) else " with a profile"
         if band is not None and not 0 <= band[0] < band[1]:
             raise InputError(f"{self.name}: a band is [low,high] with 0 <= low < high, in units of Nyquist")
 
@@ -252,15 +277,19 @@ class FourierLInf(Norm):
         picture: Tensor = torch.fft.irfft2(spectrum, s=like.shape[-2:], norm="ortho")
         return picture
 
-    def _shares(self, x: Tensor) -> Tensor:
-        """The share of ε that each frequency may have, ``(H, W // 2 + 1)``; 0 outside the band."""
-        down = torch.fft.fftfreq(x.shape[-2], 0.5, dtype=torch.float64, device=x.device)
-        across = torch.fft.rfftfreq(x.shape[-1], 0.5, dtype=torch.float64, device=x.device)
+    def shares(self, radius: Tensor) -> Tensor:
+        """The shares of ε that radial frequencies, 1 at Nyquist, may have, like ``radius``; 0 outside the band."""
         low, high = self.band or (0.0, math.inf)
-        radius = torch.hypot(down[:, None], across)
-        inside = (low <= radius) & (radius <= high)
         shares = torch.ones_like(radius) if self.profile is None else self.profile(radius)
-        return shares.where(inside, 0).to(x.dtype)
+        return shares.where((low <= radius) & (radius <= high), 0)
+
+    def _shares(self, x: Tensor) -> Tensor:
+        """Those of the frequencies of :meth:`_spectrum`, ``(H, W // 2 + 1)``."""
+        height, width = x.shape[-2:]
+        shares = self.shares(radial_frequency(height, width, x.device)[:, : width // 2 + 1])
+        if not shares.any():
+            raise InputError(f"{self.name}: no frequency of {height} × {width} pixels lies in the band")
+        return shares.to(x.dtype)
 
     def measure(self, x: Tensor) -> Tensor:
         """See :class:`Norm`."""
@@ -329,6 +358,7 @@ class FourierLInf(Norm):
 
 LINF, L2, L1, FOURIER_LINF = LInfNorm(), L2Norm(), L1Norm(), FourierLInf()
 _NORMS: dict[str, Norm] = {norm.name: norm for norm in (LINF, L2, L1, FOURIER_LINF)}
+_FOURIER = re.compile(r"fourier-linf(/f)?(?:\[(\d*\.?\d+), *(\d*\.?\d+)\])?")
 
 
 def parse_norm(name: str) -> Norm:
@@ -338,12 +368,15 @@ def parse_norm(name: str) -> Norm:
         InputError: If there is none, or its band is empty.
 
     Example:
-        >>> parse_norm("fourier-linf[0,0.25]").band
+        >>> parse_norm("fourier-linf/f[0,0.25]").band
         (0.0, 0.25)
     """
     if name in _NORMS:
         return _NORMS[name]
-    band = re.fullmatch(r"fourier-linf\[(\d*\.?\d+), *(\d*\.?\d+)\]", name)
-    if band is None:
-        raise InputError(f"norm: {name!r} is unknown; use {', '.join(_NORMS)} or fourier-linf[low,high]")
-    return FourierLInf((float(band[1]), float(band[2])))
+    found = _FOURIER.fullmatch(name)
+    if found is None:
+        raise InputError(
+            f"norm: {name!r} is unknown; use {', '.join(_NORMS)}, fourier-linf/f, or one of the last two "
+            "in a band, as fourier-linf[low,high]"
+        )
+    return FourierLInf((float(found[2]), float(found[3])) if found[2] else None, one_over_f if found[1] else None)

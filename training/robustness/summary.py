@@ -147,6 +147,19 @@ def query_extras(smallest: NDArray[np.float64], cosines: NDArray[np.float64]) ->
     }
 
 
+def spectrum(parts: Sequence[Any], counts: Sequence[int]) -> dict[str, Any]:
+    """Mean amplitude of the perturbations at every ε, 0 included, in bins of radial frequency.
+
+    Args:
+        parts: ``(C, E, 2, K)``; of each chunk and ε what
+            :func:`~training.robustness.spectrum.radial_spectrum` returned.
+        counts: Pictures in each chunk.
+    """
+    values = np.asarray(parts)
+    amplitude = np.average(values[:, :, 1], axis=0, weights=counts)  # (E, K)
+    return {"radius": values[0, 0, 0].tolist(), "amplitude": amplitude.tolist()}
+
+
 def text_edits(ranks: Ranks, ids: list[str], pairs: list[list[str]]) -> dict[str, Any]:
     """Figures of clean and of edited captions, and the worst falls among the clean hits.
 

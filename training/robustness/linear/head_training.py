@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ class HeadRecipe:
     optimizer: str = "gradient"
     regularizer: str = "none"
     attack: str = "l2"
-    shares: tuple[float, ...] = (0.1, 0.3, 1.0)
+    shares: tuple[float, ...] = (0.3, 1.0, 3.0)
     steps: int = 40
     batch: int = 1000
 
@@ -157,6 +157,7 @@ def train(
     plain: Tensor | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    early_stopping: bool = True,
 ) -> TrainedHead:
     """A head with the number of steps that finds most held-out images and, if penalised, the best weight of those.
 
@@ -170,9 +171,11 @@ def train(
         plain: The head of gradient descent without a penalty, ``(D, F)``, that scales and judges a penalty.
         seed: Decides the batches.
         progress: Called with the number of each step.
+        early_stopping: Without it, all steps are taken.
     """
+    fit = partial(_train, recipe, pairs, held, seed, progress, LOOKS if early_stopping else 1)
     if recipe.regularizer == "none":
-        return _train(recipe, pairs, held, 0.0, 0.0, seed, progress)
+        return fit(0.0, 0.0)
     assert plain is not None, "a penalty is weighed against plain gradient descent"
     unit = 1 / penalty(plain, recipe, pairs)
     radius = radii_kept(evaluate_head(plain, *held).radii[recipe.attack])[:1]
@@ -180,7 +183,7 @@ def train(
     def certified(head: TrainedHead) -> float:
         return float(evaluate_head(head.weight, *held).curve(recipe.attack, radius))
 
-    heads = [_train(recipe, pairs, held, share * unit, share, seed, progress) for share in recipe.shares]
+    heads = [fit(share * unit, share) for share in recipe.shares]
     return heads[0] if len(heads) == 1 else max(heads, key=certified)
 
 
@@ -188,24 +191,24 @@ def _train(
     recipe: HeadRecipe,
     pairs: HeadPairs,
     held: HeadPairs,
-    lam: float,
-    share: float,
     seed: int,
     progress: Callable[[int], None] | None,
+    looks: int,
+    lam: float,
+    share: float,
 ) -> TrainedHead:
     best: list[tuple[float, TrainedHead]] = []
 
     def look(number: int, weight: Tensor) -> None:
-        if number % max(recipe.steps // LOOKS, 1) == 0 or number == recipe.steps:
+        if number % max(recipe.steps // looks, 1) == 0 or number == recipe.steps:
             found = clean_recall(weight, held)
             if not best or found > best[0][0]:
                 best[:] = [(found, TrainedHead(weight.clone(), number, share))]
         if progress:
             progress(number)
 
-    names, attack = (recipe.optimizer, recipe.regularizer), ATTACKS[recipe.attack]
-    fit = partial(train_head, steps=recipe.steps, batch=recipe.batch, seed=seed, observe=look)
-    fit(*pairs, *names, lam, attack)
+    settings: dict[str, Any] = {"steps": recipe.steps, "batch": recipe.batch, "seed": seed, "observe": look}
+    train_head(*pairs, recipe.optimizer, recipe.regularizer, lam, ATTACKS[recipe.attack], **settings)
     return best[0][1]
 
 
