@@ -88,8 +88,8 @@ class Trainer:
         self.val_corpus = load_corpus(config.data, config.val_split)
         if len(self.train_corpus.image_ids) < 2:
             raise InputError(f"{config.data} [{config.train_split}]: one image has no negatives; add images")
-
         torch.manual_seed(config.seed)
+        torch.backends.cudnn.deterministic = True  # else a resumed run differs in the last bits
         self.device = default_device()
         model_config = _with_feature_dim(config, self.train_corpus).model
         initial = DualEncoder.from_pretrained(config.init) if config.init else None

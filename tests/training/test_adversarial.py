@@ -68,11 +68,11 @@ def test_fare_leaves_captions_where_they_are(undefended: tuple[Path, str], tmp_p
 def test_fare_loss_is_the_distance_at_the_perturbed_pictures(undefended: tuple[Path, str], tmp_path: Path) -> None:
     trainer = Trainer(defence(undefended, tmp_path / "run", "fare"))
     assert trainer.adversarial is not None
-    batch = trainer.pairs[[0, 1, 5, 9]]
+    batch = trainer.pairs[[0, 1, 5, 9]].to(trainer.device)
     value, _ = trainer.adversarial(batch, step=3)
     with torch.no_grad():
         clean = trainer.model.eval().image_tower(batch.images.values)
-    assert torch.allclose(clean, trainer.adversarial.anchors[batch.image_ids], atol=1e-5)  # type: ignore[index]
+    assert torch.allclose(clean, trainer.adversarial.anchors[batch.image_ids.cpu()].to(clean), atol=1e-5)  # type: ignore[index]
     assert float(value) > 0.01  # at the clean pictures it would be 0
     again, _ = trainer.adversarial(batch, step=3)
     other, _ = trainer.adversarial(batch, step=4)
@@ -85,7 +85,7 @@ def test_fare_loss_is_the_distance_at_the_perturbed_pictures(undefended: tuple[P
 def test_supervised_loss_rises_under_the_attack(undefended: tuple[Path, str], tmp_path: Path) -> None:
     trainer = Trainer(defence(undefended, tmp_path / "run", "supervised"))
     assert trainer.adversarial is not None
-    batch = trainer.pairs[list(range(0, 48, 2))]
+    batch = trainer.pairs[list(range(0, 48, 2))].to(trainer.device)
     trainer.model.eval()
     clean = trainer.loss(*trainer._embed(batch), batch.image_ids).value
     assert float(trainer.adversarial(batch, 0).value) > float(clean) * 1.05
@@ -108,7 +108,7 @@ def test_the_last_weights_are_kept(undefended: tuple[Path, str], tmp_path: Path)
     last = [line for line in metrics(tmp_path / "run") if line["kind"] == "validation"][-1]
     assert best["rsum"] == last["rsum"]
     saved = DualEncoder.from_pretrained(tmp_path / "run", "cpu").state_dict()
-    assert all(torch.equal(saved[name], value) for name, value in trainer.model.state_dict().items())
+    assert all(torch.equal(saved[name], value.cpu()) for name, value in trainer.model.state_dict().items())
 
 
 def test_what_cannot_be_done_is_refused(undefended: tuple[Path, str], config: Config, tmp_path: Path) -> None:

@@ -41,16 +41,16 @@ def explicit_sketches(trainer: Trainer, items: Labels, negatives: Labels) -> tor
     of = sampling(trainer)
     rows = []
     with evaluating(trainer.model):
-        others = trainer.pairs[negatives.tolist()]
+        others = trainer.pairs[negatives.tolist()].to(trainer.device)
         with torch.no_grad():
             pool = NegativePool(*of.embed(others), others.image_ids)
         for item in items.tolist():
-            batch = trainer.pairs[[item]]
+            batch = trainer.pairs[[item]].to(trainer.device)
             cost = of.loss.pair_costs(*of.embed(batch), batch.image_ids, pool)[0].sum()
             total = torch.zeros(of.sketch.size)
             for number, layer in enumerate(of.layers):
                 weight, bias = torch.autograd.grad(cost, [layer.weight, layer.bias], retain_graph=True)
-                gradient = torch.cat([weight, bias[:, None]], dim=1)  # (o, i + 1)
+                gradient = torch.cat([weight, bias[:, None]], dim=1).cpu()  # (o, i + 1)
                 left = of.sketch._signed(number, 0, gradient.shape[1], gradient)
                 right = of.sketch._signed(number, 1, gradient.shape[0], gradient)
                 total += torch.einsum("oi,im,om->m", gradient, left, right) * of.sketch.size**-0.5
@@ -77,7 +77,7 @@ def test_what_is_kept_in_passing_is_the_anchors_gradient(reduction: str, cluster
     indices = next(iter(drawn))
     anchors, negatives = np.array(indices[: of.batch_size]), np.array(indices[of.batch_size :])
     expected = explicit_sketches(trainer, anchors, negatives)
-    of.backward(trainer.pairs[indices])
+    of.backward(trainer.pairs[indices].to(trainer.device))
     torch.testing.assert_close(of.sketches[anchors], expected)
 
 
@@ -91,11 +91,11 @@ def test_weights_make_up_for_the_draws(clustered: Config) -> None:
     negatives = np.arange(24).tolist()
 
     def gradient(items: list[int], weights: torch.Tensor) -> torch.Tensor:
-        batch = trainer.pairs[items + negatives]
+        batch = trainer.pairs[items + negatives].to(trainer.device)
         images, captions = of.embed(batch)
         pool = NegativePool(images[len(items) :], captions[len(items) :], batch.image_ids[len(items) :])
         own = images[: len(items)], captions[: len(items)], batch.image_ids[: len(items)]
-        value = of.loss.weighted(*own, pool, weights).value / len(items)
+        value = of.loss.weighted(*own, pool, weights.to(trainer.device)).value / len(items)
         return torch.autograd.grad(value, weight)[0]
 
     trainer.model.eval()

@@ -101,7 +101,11 @@ def test_two_points_on_axes(norm: str, backend: Any) -> None:
         expected = 1 / float(measure(torch.tensor([1 / 2, 1 / 5], dtype=torch.float64), norm))
     found = max_margin(torch.tensor([[2.0, 0], [0, -5]]), torch.tensor([1, -1]), norm, backend)
     assert found.margin == pytest.approx(expected, rel=1e-7)
-    torch.testing.assert_close(found.w, torch.tensor([1 / 2, 1 / 5], dtype=torch.float64), rtol=1e-5, atol=0)
+    if norm in ("linf", "fourier-l1"):  # the larger entry alone counts, so the other is free
+        assert found.w[0] == pytest.approx(1 / 2)
+        assert 1 / 5 - 1e-6 <= float(found.w[1]) <= 1 / 2 + 1e-6
+    else:
+        torch.testing.assert_close(found.w, torch.tensor([1 / 2, 1 / 5], dtype=torch.float64), rtol=1e-5, atol=0)
 
 
 @norms
@@ -151,8 +155,12 @@ def test_small_margins_keep_their_digits(norm: str, backend: Any) -> None:
 @pytest.mark.parametrize("norm", ["fourier-l1", "l1.1", "l1.5", "l3", "l10"])
 def test_the_interior_point_method_takes_hard_data(norm: str) -> None:
     """Columns of zeros, ties, and coordinates or points that differ by magnitudes."""
+    for seed in (1, 13, 52, 61):  # what rounding does to the steps depends on the machine
+        x, y = (torch.from_numpy(one) for one in draw(100, 33, seed))
+        for jitter in (0, 1e-15):
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+            assert max_margin(x.round() * (1 + jitter * noise), y, norm, "scipy").gap < 1e-6
     x, y = (torch.from_numpy(one) for one in draw(100, 33, 1))
-    assert max_margin(x.round(), y, norm, "scipy").gap < 1e-6
     assert max_margin(x * torch.logspace(-2, 2, 100), y, norm, "scipy").gap < 1e-6
 
 

@@ -37,7 +37,9 @@ class WordGRU(Backbone):
         Padding stands at the end, where a unidirectional network has already read the caption; the states
         there are masked, so no packing is needed.
         """
-        states, _ = self.gru(self.embedding(values))
+        # cuDNN cannot differentiate a GRU in evaluation mode, which attacks and gradient sampling do.
+        with torch.backends.cudnn.flags(enabled=self.training or not torch.is_grad_enabled()):
+            states, _ = self.gru(self.embedding(values))
         return Padded(states, mask)
 
 

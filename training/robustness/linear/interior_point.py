@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 _STEPS = 200
 _SHORTEST = 1e-12
+# Added, one after the other, to a unit diagonal until a step makes progress: rounding may point it elsewhere.
+_DAMPING = (0.0, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
 class Terms(NamedTuple):
@@ -55,17 +57,21 @@ def minimise(
         diagonal = matrix.diagonal()
         unit = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))
         slope = now.jacobian.T @ (aim / now.sides) - now.gradient
-        dz = unit * np.linalg.lstsq(unit[:, None] * matrix * unit, unit * slope)[0]
-        change = aim / now.sides - multipliers - ratios * (now.jacobian @ dz)
-        falling = change < 0
-        step = min(1.0, 0.99 * float((-multipliers[falling] / change[falling]).min(initial=np.inf)))
         error = _residual(now, multipliers, aim)
-        while step > _SHORTEST:
-            ahead = multipliers + step * change
-            there = terms(z + step * dz, ahead)
-            if (there.sides > 0).all() and _residual(there, ahead, aim) <= (1 - 0.01 * step) * error:
+        for damping in _DAMPING:
+            system = unit[:, None] * matrix * unit + damping * np.eye(len(unit))
+            dz = unit * np.linalg.lstsq(system, unit * slope)[0]
+            change = aim / now.sides - multipliers - ratios * (now.jacobian @ dz)
+            falling = change < 0
+            step = min(1.0, 0.99 * float((-multipliers[falling] / change[falling]).min(initial=np.inf)))
+            while step > _SHORTEST:
+                ahead = multipliers + step * change
+                there = terms(z + step * dz, ahead)
+                if (there.sides > 0).all() and _residual(there, ahead, aim) <= (1 - 0.01 * step) * error:
+                    break
+                step /= 2
+            if step > _SHORTEST:
                 break
-            step /= 2
         z, multipliers = z + step * dz, multipliers + step * change
         if solved(z, multipliers) or step <= _SHORTEST:
             return

@@ -241,10 +241,10 @@ def _smooth(signed: Array, p: float, best: _Best) -> None:
     r = conjugate(p)
     near = best
     if p > 3 or r > 3:  # high powers are hard to start at, so by way of lower ones
-        halfway = (p + 1) / 2 if p > 3 else conjugate((r + 1) / 2)
-        near = _Best(signed, f"l{halfway}")
+        lower = p / 1.4 if p > 3 else conjugate(r / 1.4)
+        near = _Best(signed, f"l{lower}")
         near.offer(best.w, best.q)
-        _smooth(signed, halfway, near)
+        _smooth(signed, lower, near)
     start = near.w / (signed @ near.w).min()
     signed = signed * np.abs(start).max()  # so that entries of w are near 1
     if p >= 2:
