@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import importlib.util
 import math
 from typing import Any
@@ -12,19 +11,15 @@ from torch import Tensor
 
 from training.errors import InputError
 from training.robustness.balls import Ball
-from training.robustness.linear import margin_norms
 from training.robustness.linear import max_margin as module
-from training.robustness.linear.margin_norms import conjugate, dual_measure, measure, order, project
-from training.robustness.linear.max_margin import NORMS, item_margins, margin, max_margin, prox
+from training.robustness.linear.margin_norms import dual_measure, measure, prox
+from training.robustness.linear.max_margin import NORMS, item_margins, margin, max_margin
 from training.robustness.linear.study import draw
 from training.robustness.norms import FOURIER_LINF, L1, L2, LINF, Norm
 
 ALL = (*NORMS, "l1.1", "l1.5", "l3", "l10")
-DUAL = {"l1": "linf", "l2": "l2", "linf": "l1", "fourier-l1": "fourier-linf", "l1.5": "l3", "l3": "l1.5"}
 ATTACKS: dict[str, Norm] = {"l1": LINF, "l2": L2, "linf": L1, "fourier-l1": FOURIER_LINF}
 norms = pytest.mark.parametrize("norm", ALL)
-# Those with a projection: all names, those of other spectra too.
-shapes = pytest.mark.parametrize("norm", [*ALL, "fourier-linf", "fourier-l2", "fourier-l3"])
 backends = pytest.mark.parametrize("backend", ["cvxpy", "scipy"])
 
 
@@ -35,13 +30,6 @@ def data(ratio: float = 4, seed: int = 0, dim: int = 30) -> tuple[Tensor, Tensor
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def rows(v: Tensor, norm: str, p: float) -> Tensor:
-    """The norm as it is defined, of each row."""
-    if norm.startswith("fourier"):
-        v = torch.fft.fft(v, norm="ortho")
-    return v.abs().amax(-1) if p == math.inf else v.abs().pow(p).sum(-1) ** (1 / p)
 
 
 @norms
@@ -253,85 +241,3 @@ def test_margins_of_any_classifier() -> None:
     assert margin(torch.zeros(30), x, y, "l1") == 0
     with pytest.raises(InputError, match="give"):
         margin(w[1:], x, y, "l1")
-
-
-@shapes
-def test_sizes_and_duals(norm: str) -> None:
-    p, fourier = order(norm)
-    v = noise(5, 9)
-    torch.testing.assert_close(measure(v, norm), rows(v, norm, p))
-    torch.testing.assert_close(dual_measure(v, norm), rows(v, norm, conjugate(p)))
-    others = noise(1000, 9, seed=1)
-    reached = (others @ v.T) / measure(others, norm)[:, None]
-    assert (reached.amax(0) <= dual_measure(v, norm)).all()
-    assert fourier == norm.startswith("fourier")
-
-
-@shapes
-def test_projection_is_the_nearest_point(norm: str) -> None:
-    x = noise(4, 9) * torch.tensor([0.01, 1, 5, 1e4], dtype=torch.float64)[:, None]
-    nearest, others = project(x, 0.7, norm), project(noise(4, 9, seed=1), 0.7, norm)
-    assert (measure(nearest, norm) <= 0.7 * (1 + 1e-9)).all()
-    torch.testing.assert_close(project(nearest, 0.7, norm), nearest)
-    torch.testing.assert_close(nearest[0], x[0])
-    # The hyperplane through it supports the ball.
-    reach = 0.7 * dual_measure(x - nearest, norm)
-    torch.testing.assert_close(((x - nearest) * nearest).sum(-1), reach, rtol=1e-8, atol=1e-9)
-    assert ((nearest - others).norm(dim=-1) <= (x - noise(4, 9, seed=1)).norm(dim=-1) + 1e-9).all()
-    assert (project(x, 0.0, norm) == 0).all()
-
-
-@shapes
-def test_prox_minimises_what_it_should(norm: str) -> None:
-    for lam in (0.0, 0.1, 1.0, 50.0):
-        v = noise(9)
-        u = prox(v, lam, norm)
-        others = u + torch.tensor([1e-3, 0.1, 1.0])[:, None, None] * noise(3, 50, 9, seed=1)
-        cost = 0.5 * (u - v).square().sum() + lam * measure(u, norm)
-        assert (cost <= 0.5 * (others - v).square().sum(-1) + lam * measure(others, norm) + 1e-9).all()
-        # ``v - u`` is λ times a subgradient: in the dual ball, and in phase with u.
-        assert float(dual_measure(v - u, norm)) <= lam * (1 + 1e-9)
-        assert float((v - u) @ u) == pytest.approx(lam * float(measure(u, norm)), abs=1e-9)
-
-
-@pytest.mark.parametrize("norm", DUAL)
-def test_moreau_and_distances(norm: str) -> None:
-    v, other = noise(3, 9), noise(3, 9, seed=1)
-    torch.testing.assert_close(prox(v, 0.8, norm) + project(v, 0.8, DUAL[norm]), v)
-    assert ((prox(v, 0.8, norm) - prox(other, 0.8, norm)).norm(dim=-1) <= (v - other).norm(dim=-1) + 1e-9).all()
-
-
-def test_prox_is_the_formula() -> None:
-    v, lam = noise(9), 0.8
-    soft = v.sign() * (v.abs() - lam).clamp(min=0)
-    torch.testing.assert_close(prox(v, lam, "l1"), soft)
-    torch.testing.assert_close(prox(v, lam, "l2"), v * (1 - lam / v.norm()).clamp(min=0))
-    spectrum = torch.fft.fft(v, norm="ortho")
-    shrunk = spectrum * (1 - lam / spectrum.abs()).clamp(min=0)
-    torch.testing.assert_close(torch.fft.fft(prox(v, lam, "fourier-l1"), norm="ortho"), shrunk)
-    for norm in ALL:
-        assert (prox(torch.zeros(9), lam, norm) == 0).all()
-        with pytest.raises(InputError, match="at least 0"):
-            prox(v, -1, norm)
-
-
-@shapes
-def test_rows_and_pictures(norm: str) -> None:
-    v = noise(2, 3, 4, 5)
-    batched = prox(v, 0.8, norm)
-    torch.testing.assert_close(batched[1, 2, 3], prox(v[1, 2, 3], 0.8, norm))
-    assert prox(v.float(), 0.8, norm).dtype == torch.float32
-    torch.testing.assert_close(prox(v.float(), 0.8, norm).double(), batched, rtol=0, atol=1e-6)
-    pictures = prox(v, 0.8, norm, dims=2)
-    assert pictures.shape == v.shape
-    torch.testing.assert_close(pictures[1, 2], prox(v[1, 2], 0.8, norm, dims=2))
-    if not norm.startswith("fourier"):
-        torch.testing.assert_close(pictures.flatten(-2), prox(v.flatten(-2), 0.8, norm))
-    v = noise(3, 1, 6, 7)  # the norm of attacks on pictures
-    torch.testing.assert_close(dual_measure(v, "fourier-l1", 2)[:, 0], FOURIER_LINF.measure(v))
-    torch.testing.assert_close(measure(v, "fourier-l1", 2)[:, 0], FOURIER_LINF.dual(v))
-    torch.testing.assert_close(project(v, 0.3, "fourier-linf", 2), FOURIER_LINF.project(v, 0.3))
-
-
-def test_examples() -> None:
-    assert doctest.testmod(margin_norms).failed == 0

@@ -273,7 +273,7 @@ def test_invalid_options() -> None:
         ("step: must be positive and finite, not nan", lambda: descend(x, y, "l2", 1, math.nan)),
         ("loss: 'l0.5' is unknown", lambda: descend(x, y, "l2", 1, loss=name)),
         ("record: step 2 is not between 0 and 1", lambda: descend(x, y, "l2", 1, record=(1, 2))),
-        ("norm: 'l0.5' is unknown", lambda: adversarial(x, y, name, 0.1, 1)),
+        ("norm 'l0.5' is unknown", lambda: adversarial(x, y, name, 0.1, 1)),
         ("epsilon: must be at least 0 and finite, not -1", lambda: adversarial(x, y, "linf", -1, 1)),
         ("lam: must be at least 0 and finite, not -1", lambda: fista(x, y, "l1", -1, 1)),
         ("lr: must be positive and finite, not 0", lambda: adam(x, y, 1, 0)),

@@ -1,4 +1,4 @@
-"""Norms of linear classifiers by name: their size, duals, projections on their balls and proximal operators.
+"""Norms of linear classifiers by name: size, dual, steepest direction, projection on the ball, proximal operator.
 
 A name is ``lp`` with p from 1 on, such as ``l1``, ``l1.5`` or ``l2``, or ``linf``; ``fourier-`` before it means the
 magnitudes of the spectrum, all frequencies of the orthonormal DFT, mirrored ones twice. Everything acts on the last
@@ -63,6 +63,26 @@ def dual_measure(v: Tensor, norm: str, dims: int = 1) -> Tensor:
     return _size(_coefficients(v, fourier, dims).abs(), conjugate(p))
 
 
+def steepest(v: Tensor, norm: str, dims: int = 1) -> Tensor:
+    """``argmax_{‖u‖ ≤ 1} <v, u>``, which attains the dual norm; like ``v``, and 0 where ``v`` is 0.
+
+    Coefficients keep their phase and have the magnitudes ``(|v_i| / ‖v‖_q)^(q-1)``: all 1 for ``linf``, all of it at
+    the largest for ``l1``. For ``fourier-l1`` that is a wave, which a real signal has at a frequency and its mirror.
+
+    Raises:
+        InputError: If the norm is unknown.
+    """
+    p, fourier = order(norm)
+    coefficients = _coefficients(v.double(), fourier, dims)
+    magnitudes = coefficients.abs()
+    if p == 1:
+        kept = torch.zeros_like(magnitudes).scatter(-1, magnitudes.argmax(-1, keepdim=True), 1.0)
+    else:
+        shares = magnitudes / _size(magnitudes, conjugate(p))[..., None].clamp(min=1e-300)
+        kept = shares ** (conjugate(p) - 1)
+    return _signal(coefficients.sgn() * kept, v, fourier, dims)
+
+
 def project(v: Tensor, radius: float, norm: str, dims: int = 1) -> Tensor:
     """The nearest point, in Euclidean distance, with ``‖u‖ <= radius``; like ``v``.
 
@@ -107,6 +127,14 @@ def _coefficients(v: Tensor, fourier: bool, dims: int) -> Tensor:
     return v.flatten(-dims)
 
 
+def _signal(coefficients: Tensor, like: Tensor, fourier: bool, dims: int) -> Tensor:
+    """Inverse of :func:`_coefficients` for real signals: mirrored coefficients become the conjugates of each other."""
+    signal = coefficients.reshape(like.shape)
+    if fourier:
+        signal = torch.fft.ifftn(signal, dim=tuple(range(-dims, 0)), norm="ortho").real
+    return signal.to(like.dtype)
+
+
 def _size(magnitudes: Tensor, p: float) -> Tensor:
     size: Tensor = torch.linalg.vector_norm(magnitudes, ord=p, dim=-1)
     return size
@@ -126,11 +154,7 @@ def _projected(v: Tensor, radius: float, p: float, fourier: bool, dims: int) -> 
     else:
         nearest = _on_l1_ball(magnitudes, radius) if p == 1 else _on_lp_ball(magnitudes, radius, p)
         kept = torch.where((_size(magnitudes, p) <= radius)[..., None], magnitudes, nearest)
-    projected = (coefficients.sgn() * kept).reshape(v.shape)
-    if fourier:
-        # A real signal has mirrored coefficients, which are scaled alike: what is imaginary is rounding.
-        projected = torch.fft.ifftn(projected, dim=tuple(range(-dims, 0)), norm="ortho").real
-    return projected.to(v.dtype)
+    return _signal(coefficients.sgn() * kept, v, fourier, dims)
 
 
 def _on_l1_ball(magnitudes: Tensor, radius: float) -> Tensor:

@@ -27,7 +27,6 @@ from torch import Tensor
 from training.errors import InputError
 from training.robustness.linear.interior_point import Terms, minimise
 from training.robustness.linear.margin_norms import conjugate, dual_measure, measure, order
-from training.robustness.linear.margin_norms import prox as prox
 
 Array = NDArray[np.float64]
 Backend = Literal["auto", "cvxpy", "scipy"]

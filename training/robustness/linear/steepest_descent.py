@@ -29,8 +29,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from training.errors import InputError
-from training.robustness.linear.max_margin import prox
-from training.robustness.norms import parse_norm
+from training.robustness.linear.margin_norms import order, prox, steepest
 
 Array = NDArray[np.float64]
 Geometry = Literal["l2", "l1", "linf"]
@@ -275,8 +274,7 @@ def adversarial(x: ArrayLike, y: ArrayLike, norm_of_attack: str, epsilon: float,
     Args:
         x: ``(N, d)``, converted to float64.
         y: ``(N,)``, labels -1 and 1.
-        norm_of_attack: As :func:`~training.robustness.norms.parse_norm` reads it: linf, l2, l1 or fourier-linf,
-            the spectrum being that of the vector as a signal.
+        norm_of_attack: Any of :mod:`training.robustness.linear.margin_norms`.
         epsilon: Radius of the attack, at least 0.
         steps: Number of steps.
 
@@ -288,14 +286,13 @@ def adversarial(x: ArrayLike, y: ArrayLike, norm_of_attack: str, epsilon: float,
     """
     signed = signed_examples(x, y)
     check_steps(steps)
-    norm = parse_norm(norm_of_attack)
+    order(norm_of_attack)
     _check_number("epsilon", epsilon, positive=False)
     rate = 1 / float(np.linalg.norm(signed, 2, axis=1).max()) ** 2
     w = np.zeros(signed.shape[1])
     for _ in range(steps):
         q = log_loss(signed @ w, "exp")[1]
-        # One channel of height 1, so that the spectral norms read the vector as a signal.
-        worst: Array = norm.steepest(torch.from_numpy(w).view(1, 1, 1, -1)).flatten().numpy()
+        worst: Array = steepest(torch.from_numpy(w), norm_of_attack).numpy()
         w = w + rate * (q @ signed - epsilon * worst)
     return w
 
