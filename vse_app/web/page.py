@@ -49,7 +49,7 @@ def mount_page(app: FastAPI, api: Api, serving: Serving) -> None:
         build_page(api, serving),
         path="/",
         theme=_theme(),
-        css_paths=[HERE / "page.css", HERE / "style.css"],
+        css_paths=[HERE / "page.css", HERE / "model_tab.css"],
         head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
         footer_links=[],
         run_history=False,
