@@ -47,7 +47,7 @@ def add_parser(verbs: Any) -> None:
         metavar="SHARE",
         help="weights tried; 1 weighs the penalty of gradient descent's head like one unit of log loss",
     )
-    verb.add_argument("--steps", type=int, default=40, help="at most so many (default: 40)")
+    verb.add_argument("--steps", type=int, default=100, help="at most so many; held-out images choose (default: 100)")
     verb.add_argument("--batch", type=int, default=1000, help="images in a batch (default: 1000)")
     verb.add_argument("--train-split", default="train")
     verb.add_argument("--split", default="val", help="that the table is about (default: val)")
@@ -68,8 +68,9 @@ def run(args: argparse.Namespace) -> None:
     from training.robustness.linear.retrieval_heads import ATTACK_OF_PENALTY, evaluate_head
     from vse_app.index_verb import progress_bar
 
-    if args.out.resolve() == Path(args.model).resolve():
-        raise InputError(f"--out {args.out}: is the run itself, whose head would be lost; give another folder")
+    hardened = (args.out / "harden.json").exists() and args.out.resolve() != Path(args.model).resolve()
+    if (args.out / "config.json").exists() and not hardened:
+        raise InputError(f"--out {args.out}: holds a run, whose head would be lost; give another folder")
     attack = ATTACK_OF_PENALTY.get(args.head_regularizer)
     recipe = heads.HeadRecipe(
         args.head_optimizer,
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     model = DualEncoder.from_pretrained(args.model)
     train, test = (heads.image_pairs(model, load_corpus(args.data, split)) for split in (args.train_split, args.split))
     mean, std = train.features.mean(dim=0), train.features.std(dim=0).clamp(min=1e-6)
-    pairs, held = train.standardised(mean, std).held_out(args.seed)
+    pairs, held = (part.to(model.device) for part in train.standardised(mean, std).held_out(args.seed))
     test = test.standardised(mean, std)
 
     weight, bias = heads.current_head(model, mean, std)

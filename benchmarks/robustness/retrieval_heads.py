@@ -94,8 +94,7 @@ class Data(NamedTuple):
     own_head: HeadEvaluation | None
 
     def to(self, device: torch.device) -> Data:
-        train, val = (HeadPairs(*(x.to(device) for x in pairs)) for pairs in (self.train, self.val))
-        return self._replace(train=train, val=val)
+        return self._replace(train=self.train.to(device), val=self.val.to(device))
 
 
 def prepare(run: str, data: str) -> dict[str, Tensor]:
@@ -211,7 +210,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="only write what another machine needs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=1000, help="images")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()

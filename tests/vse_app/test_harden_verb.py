@@ -72,7 +72,7 @@ def test_optimisers_and_penalties_have_their_rows(trained: tuple[str, Path], tmp
     record = harden(trained, tmp_path / "a", "--head-optimizer", "sign", "--head-regularizer", "none", *few)
     assert list(record["heads"])[2] == "sign descent"
     assert record["penalty"] == 0
-    record = harden(trained, tmp_path / "b", "--head-regularizer", "l1", *few)
+    record = harden(trained, tmp_path / "a", "--head-regularizer", "l1", *few)  # in the place of the former
     assert list(record["heads"])[2] == "gradient + l1 of W"
     assert record["penalty"] == 0.3
     record = harden(trained, tmp_path / "c", "--head-regularizer", "none", *few)
@@ -112,4 +112,4 @@ def test_bad_input_is_one_line_and_writes_nothing(
 def test_the_run_itself_is_not_overwritten(trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         harden(trained, trained[1])
-    assert "is the run itself" in capsys.readouterr().err
+    assert "holds a run, whose head would be lost" in capsys.readouterr().err

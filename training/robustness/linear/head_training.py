@@ -45,6 +45,10 @@ class HeadPairs(NamedTuple):
         owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(of) for of in chosen]))
         return HeadPairs(self.features[rows], self.gallery[torch.cat(chosen)], owner.to(self.owner))
 
+    def to(self, device: torch.device) -> HeadPairs:
+        """The same on another device."""
+        return HeadPairs(*(part.to(device) for part in self))
+
     def standardised(self, mean: Tensor, std: Tensor) -> HeadPairs:
         """With features in standard deviations from the mean."""
         return self._replace(features=(self.features - mean) / std)
@@ -132,7 +136,7 @@ class HeadRecipe:
     regularizer: str = "none"
     attack: str = "l2"
     shares: tuple[float, ...] = (0.3, 1.0, 3.0)
-    steps: int = 40
+    steps: int = 100
     batch: int = 1000
 
     def __post_init__(self) -> None:
