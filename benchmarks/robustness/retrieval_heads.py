@@ -82,7 +82,7 @@ class Regime(NamedTuple):
     more_steps: int
 
 
-REGIMES = {"all": Regime(None, 5, 1), "few": Regime(300, 1, 5)}
+REGIMES = {"all": Regime(None, 5, 1), "few": Regime(300, 1, 3)}
 
 
 class Data(NamedTuple):

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import colours
 import pytest
-from PIL import Image
 
 from training.robustness import audit as audit_module
 from vse_app.audit_report import format_report
@@ -18,27 +17,14 @@ SIZES = ["--queries", "8", "--steps", "4", "--epsilons", "2/255", "16/255", "--q
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen plain colours with two captions each, which two epochs tell apart a little."""
     folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    lines = ["image,caption"]
-    for number in range(16):
-        pixels = np.clip(rng.integers(256, size=3) + rng.normal(0, 9, (16, 16, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        lines += [f"{number}.png,word{number} shape{number % 4}", f"{number}.png,side{number % 5} word{number}"]
-    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    colours.draw(folder, 16)
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    main(
-        f"train --data folder:{photos} --out {out} --train-split all --val-split all --model.image.size 16 "
-        "--model.dim 16 --model.text.word-dim 8 --model.text.min-count 1 --optim.epochs 8 --optim.batch-size 16 "
-        "--optim.lr 5e-3 --loss.name infonce".split()
-    )
-    return out
+    return colours.train(f"folder:{photos}", tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture(scope="module")

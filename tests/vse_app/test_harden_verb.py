@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import colours
 import pytest
-from PIL import Image
 
 from training.robustness.linear.retrieval_heads import HEAD_OPTIMIZERS, HEAD_REGULARIZERS
 from vse_app import harden_verb
@@ -18,22 +17,8 @@ from vse_app.cli import main
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Twenty-four plain colours with two captions each, and a run that tells some apart."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    lines = ["image,caption"]
-    for number in range(24):
-        pixels = np.clip(rng.integers(256, size=3) + rng.normal(0, 9, (16, 16, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        lines += [f"{number}.png,word{number} shape{number % 4}", f"{number}.png,side{number % 5} word{number}"]
-    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
-    out = tmp_path_factory.mktemp("runs") / "run"
-    main(
-        f"train --data folder:{folder} --out {out} --train-split all --val-split all --model.image.size 16 "
-        "--model.dim 16 --model.text.word-dim 8 --model.text.min-count 1 --optim.epochs 8 --optim.batch-size 24 "
-        "--optim.lr 5e-3 --loss.name infonce".split()
-    )
-    return f"folder:{folder}", out
+    data = colours.draw(tmp_path_factory.mktemp("photos"), 24)
+    return data, colours.train(data, tmp_path_factory.mktemp("runs") / "run")
 
 
 def harden(trained: tuple[str, Path], out: Path, *more: str) -> dict[str, Any]:
