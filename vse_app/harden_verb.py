@@ -18,8 +18,9 @@ def add_parser(verbs: Any) -> None:
         "harden",
         help="train a run's linear image head anew, for recall that is certified against attacks on its features",
         description="Trains u = W f on the pooled, standardised features of the training split against the embeddings "
-        "of its captions, with a logistic ranking loss. Prints clean R@1 beside certified R@1 in three norms, for the "
-        "run's own head, for plain gradient descent and for the new head, and writes a run with the new head.",
+        "of its captions, with a logistic ranking loss of images as queries; searches by text may lose. Prints clean "
+        "R@1 beside certified R@1 in three norms, for the run's own head, for plain gradient descent and for the new "
+        "head, and writes a run with the new head.",
     )
     verb.add_argument("model", metavar="RUN", help="run directory or hub name; with a linear image head")
     verb.add_argument("--data", required=True, help="KIND:PATH")
@@ -136,7 +137,7 @@ def _record(
         "penalty": share,
         "radii": radii,
         "heads": {
-            label: {"clean": 100 * of.clean}
+            label: {"clean": 100 * of.clean, "clean_texts": 100 * of.clean_texts}
             | {norm: [100 * share for share in of.curve(norm, radii[norm]).tolist()] for norm in NAMES}
             for label, of in rows.items()
         },
@@ -149,14 +150,17 @@ def format_table(record: dict[str, Any]) -> str:
     lines = [
         f"{record['data']}, split {record['split']}: {record['images']:,} images as queries, "
         f"{record['captions']:,} captions.",
-        "R@1 in percent, clean, and certified against perturbations of the features up to a radius, in standard",
-        "deviations: those at which the run's own head keeps a half and a quarter of its hits.",
+        "R@1 in percent, clean in both directions, and of image to text certified against perturbations of the",
+        "features up to a radius, in standard deviations: where the run's own head keeps a half and a quarter.",
         "",
-        f"{'head':24}{'clean':>8}" + "".join(f"{column:>11}" for column in columns),
+        f"{'head':24}{'i → t':>8}{'t → i':>8}" + "".join(f"{column:>11}" for column in columns),
     ]
     for label, row in record["heads"].items():
         certified = [share for norm in record["radii"] for share in row[norm]]
-        lines.append(f"{label:24}{row['clean']:8.1f}" + "".join(f"{share:11.1f}" for share in certified))
+        lines.append(
+            f"{label:24}{row['clean']:8.1f}{row['clean_texts']:8.1f}"
+            + "".join(f"{share:11.1f}" for share in certified)
+        )
     chosen = f"The last head: {record['steps']} steps"
     return "\n".join([*lines, chosen + (f", penalty {record['penalty']:g}." if record["penalty"] else ".")])
 

@@ -29,10 +29,10 @@ def harden(trained: tuple[str, Path], out: Path, *more: str) -> dict[str, Any]:
     return record
 
 
-def recall(run: Path, data: str, file: Path) -> float:
+def recall(run: Path, data: str, file: Path) -> dict[str, float]:
     main(["evaluate", str(run), "--data", data, "--split", "all", "--json", str(file)])
-    found: float = json.loads(file.read_text(encoding="utf-8"))["i2t"]["r1"]
-    return found
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {"clean": found["i2t"]["r1"], "clean_texts": found["t2i"]["r1"]}
 
 
 def test_the_table_is_about_the_run_that_is_written(
@@ -42,13 +42,13 @@ def test_the_table_is_about_the_run_that_is_written(
     printed = capsys.readouterr().out
     assert list(record["heads"]) == ["the run's own", "gradient descent", "gradient + ℓ∞ margin"]
     for label, row in record["heads"].items():
-        assert f"{label:24}{row['clean']:8.1f}" in printed
+        assert f"{label:24}{row['clean']:8.1f}{row['clean_texts']:8.1f}" in printed
         for norm in ("linf", "l2", "l1"):
             assert row["clean"] >= row[norm][0] >= row[norm][1]
     data, run = trained
-    assert recall(run, data, tmp_path / "old.json") == pytest.approx(record["heads"]["the run's own"]["clean"])
-    new = recall(tmp_path / "new", data, tmp_path / "new.json")
-    assert new == pytest.approx(record["heads"]["gradient + ℓ∞ margin"]["clean"])
+    for label, of in (("the run's own", run), ("gradient + ℓ∞ margin", tmp_path / "new")):
+        for direction, value in recall(of, data, tmp_path / "recall.json").items():
+            assert record["heads"][label][direction] == pytest.approx(value)
     assert "gradient + ℓ∞ margin" in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
 
 

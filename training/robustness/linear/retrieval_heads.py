@@ -308,10 +308,12 @@ class HeadEvaluation(NamedTuple):
 
     Attributes:
         clean: R@1 in [0, 1], ties pessimistic.
+        clean_texts: The same of captions as queries, for whom pictures are compared by the cosine.
         radii: For linf, l2 and l1 the certified radii float64 ``(N,)`` of the queries.
     """
 
     clean: float
+    clean_texts: float
     radii: dict[str, Tensor]
 
     def curve(self, norm: str, epsilons: Sequence[float]) -> Tensor:
@@ -322,7 +324,7 @@ class HeadEvaluation(NamedTuple):
 def evaluate_head(
     weight: Tensor, features: Tensor, gallery: Tensor, owner: Tensor, bias: Tensor | None = None
 ) -> HeadEvaluation:
-    """Clean R@1 and certified radii of all images as queries; multiples of W give the same.
+    """Clean R@1, and certified radii of all images as queries; multiples of W give the same.
 
     Args:
         weight: ``(D, F)``.
@@ -338,7 +340,10 @@ def evaluate_head(
     own = owner.cpu() == torch.arange(len(features))[:, None]
     head = LinearHead(weight, weight.new_zeros(len(weight)) if bias is None else bias)
     radii = {norm.name: certified_radii(head, features, gallery, own, norm) for norm in (LINF, L2, L1)}
-    return HeadEvaluation(float((radii["l2"] > 0).double().mean()), radii)
+    images = F.normalize(features.double().cpu() @ head.weight.double().cpu().T + head.bias.double().cpu(), dim=1)
+    scores = gallery.double().cpu() @ images.T
+    rivals = (scores >= scores[own.T][:, None]).sum(dim=1) - 1
+    return HeadEvaluation(float((radii["l2"] > 0).double().mean()), float((rivals == 0).double().mean()), radii)
 
 
 def _known(name: str, value: str, known: Sequence[str]) -> None:
