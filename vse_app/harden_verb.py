@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from training.robustness.linear.retrieval_heads import HeadEvaluation
 
 NAMES = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
@@ -84,24 +86,27 @@ def run(args: argparse.Namespace) -> None:
     plain_recipe = replace(recipe, optimizer="gradient", regularizer="none")
     model = DualEncoder.from_pretrained(args.model)
     train, test = (heads.image_pairs(model, load_corpus(args.data, split)) for split in (args.train_split, args.split))
-    mean, std = train.features.mean(dim=0), train.features.std(dim=0).clamp(min=1e-6)
+    mean, std = train.moments()
     pairs, held = (part.to(model.device) for part in train.standardised(mean, std).held_out(args.seed))
     test = test.standardised(mean, std)
 
     weight, bias = heads.current_head(model, mean, std)
-    rows = {"the run's own": evaluate_head(weight, *test, bias=bias)}
+    rows = {"the run's own": (evaluate_head(weight, *test, bias=bias), heads.text_recall(weight, test, bias))}
     with progress_bar("step") as progress:
 
         def fit(recipe: heads.HeadRecipe, label: str, plain: Any = None) -> heads.TrainedHead:
             done = lambda number: progress(label, number, recipe.steps)  # noqa: E731
             return heads.train(recipe, pairs, held, plain, args.seed, done)
 
+        def measured(weight: Tensor) -> tuple[HeadEvaluation, float]:
+            return evaluate_head(weight, *test), heads.text_recall(weight, test)
+
         chosen = fit(plain_recipe, "gradient descent")
-        rows["gradient descent"] = evaluate_head(chosen.weight, *test)
+        rows["gradient descent"] = measured(chosen.weight)
         if recipe != plain_recipe:
             label = _label(recipe.optimizer, recipe.regularizer, recipe.attack)
             chosen = fit(recipe, label, chosen.weight)
-            rows[label] = evaluate_head(chosen.weight, *test)
+            rows[label] = measured(chosen.weight)
 
     record = _record(args, rows, len(test.features), len(test.gallery), chosen.steps, chosen.share)
     table = format_table(record)
@@ -119,12 +124,17 @@ def _label(optimizer: str, regularizer: str, attack: str) -> str:
 
 
 def _record(
-    args: argparse.Namespace, rows: dict[str, HeadEvaluation], images: int, captions: int, steps: int, share: float
+    args: argparse.Namespace,
+    rows: dict[str, tuple[HeadEvaluation, float]],
+    images: int,
+    captions: int,
+    steps: int,
+    share: float,
 ) -> dict[str, Any]:
     """What the table shows, for machines."""
     from training.robustness.linear.head_training import radii_kept
 
-    own = next(iter(rows.values()))
+    own, _ = next(iter(rows.values()))
     radii = {norm: radii_kept(own.radii[norm]) for norm in NAMES}
     return {
         "run": str(args.model),
@@ -137,9 +147,9 @@ def _record(
         "penalty": share,
         "radii": radii,
         "heads": {
-            label: {"clean": 100 * of.clean, "clean_texts": 100 * of.clean_texts}
+            label: {"clean": 100 * of.clean, "clean_texts": 100 * texts}
             | {norm: [100 * share for share in of.curve(norm, radii[norm]).tolist()] for norm in NAMES}
-            for label, of in rows.items()
+            for label, (of, texts) in rows.items()
         },
     }
 

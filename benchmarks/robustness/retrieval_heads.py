@@ -87,12 +87,12 @@ REGIMES = {"all": Regime(None, 5, 1), "few": Regime(300, 1, 5)}
 
 
 class Data(NamedTuple):
-    """Both splits, standardised, and the certified radii of the run's own head on validation, if known."""
+    """Both splits, standardised, and the certified radii of the run's own head on validation."""
 
     name: str
     train: HeadPairs
     val: HeadPairs
-    own_head: HeadEvaluation | None
+    own_head: HeadEvaluation
 
     def to(self, device: torch.device) -> Data:
         return self._replace(train=self.train.to(device), val=self.val.to(device))
@@ -102,7 +102,7 @@ def prepare(run: str, data: str) -> dict[str, Tensor]:
     """Standardised features in half precision, captions embedded by the run's text tower, and the run's own head."""
     model = DualEncoder.from_pretrained(run)
     parts = {split: image_pairs(model, load_corpus(data, split)) for split in ("train", "val")}
-    mean, std = parts["train"].features.mean(dim=0), parts["train"].features.std(dim=0).clamp(min=1e-6)
+    mean, std = parts["train"].moments()
     tensors = dict(zip(("weight", "bias"), current_head(model, mean, std), strict=True))
     for split, pairs in parts.items():
         features, gallery, owner = pairs.standardised(mean, std)
@@ -111,12 +111,11 @@ def prepare(run: str, data: str) -> dict[str, Tensor]:
 
 
 def load(tensors: dict[str, Tensor], name: str) -> Data:
-    """What :func:`prepare` gave, all of it or without the run's own head."""
+    """What :func:`prepare` gave."""
     names = HeadPairs._fields
     parts = {split: HeadPairs(*(tensors[f"{split}.{part}"] for part in names)) for split in ("train", "val")}
     train, val = (HeadPairs(of.features.float(), of.gallery.float(), of.owner) for of in parts.values())
-    own_head = evaluate_head(tensors["weight"], *val, bias=tensors["bias"]) if "weight" in tensors else None
-    return Data(name, train, val, own_head)
+    return Data(name, train, val, evaluate_head(tensors["weight"], *val, bias=tensors["bias"]))
 
 
 def split(data: Data, regime: Regime, seed: int) -> tuple[HeadPairs, HeadPairs]:
@@ -179,8 +178,7 @@ def study(data: Data, name: str, seeds: int, steps: int, batch: int) -> Iterator
         kept = {norm: [radii_kept(of.radii[norm]) for of in found["gradient descent"]] for norm in ATTACKS}
         radii = {norm: np.mean(of, axis=0).tolist() for norm, of in kept.items()}
         rows = {label: [figures(of, radii) for of in some] for label, some in found.items()}
-        if data.own_head:
-            rows["the run's own head"] = [figures(data.own_head, radii)]
+        rows["the run's own head"] = [figures(data.own_head, radii)]
         yield {
             "images": len(pairs.features),
             "captions": len(pairs.gallery),

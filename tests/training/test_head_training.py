@@ -34,15 +34,11 @@ def a_model(data: str, out: Path, model: ModelConfig = TOWERS) -> DualEncoder:
     return DualEncoder.from_pretrained(train(data, out, model=model), "cpu")
 
 
-def moments(pairs: HeadPairs) -> tuple[Tensor, Tensor]:
-    return pairs.features.mean(dim=0), pairs.features.std(dim=0).clamp(min=1e-6)
-
-
 @pytest.mark.parametrize("config", [TOWERS, STANDARDISED])
 def test_heads_come_out_of_a_model_and_go_back_in(data: str, tmp_path: Path, config: ModelConfig) -> None:
     model, corpus = a_model(data, tmp_path / "run", config), load_corpus(data, "all")
     pairs = head_training.image_pairs(model, corpus)
-    mean, std = moments(pairs)
+    mean, std = pairs.moments()
     features = pairs.standardised(mean, std).features.double()
     weight, bias = head_training.current_head(model, mean, std)
     images, captions = encode_corpus(model, corpus)

@@ -63,6 +63,11 @@ class Certificate(NamedTuple):
 
 
 @torch.no_grad()
+def linear_layer(tower: Tower) -> nn.Linear | None:
+    """The last step of a linear head before normalisation; None where there is no head."""
+    return next((module for module in tower.head.modules() if isinstance(module, nn.Linear)), None)
+
+
 def linear_head(tower: Tower) -> LinearHead:
     """Fold what a tower does with pooled features, up to its final normalisation, into one affine map.
 
@@ -89,7 +94,7 @@ def linear_head(tower: Tower) -> LinearHead:
     ):
         if crooked:
             raise InputError(f"{config.encoder}: {name} is not linear and has no certificate; {mend}")
-    linear = next((module for module in tower.head.modules() if isinstance(module, nn.Linear)), None)
+    linear = linear_layer(tower)
     width = tower.backbone.dim * (2 if config.pooling == "mean+max" else 1)
     weight = torch.eye(width, dtype=torch.float64) if linear is None else linear.weight.cpu().double()
     bias = weight.new_zeros(len(weight)) if linear is None else linear.bias.cpu().double()

@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
 from training.data.corpus import Corpus
 from training.errors import InputError
+from training.evaluation.ranks import retrieval_ranks
 from training.models.dual_encoder import DualEncoder
 from training.models.features import corpus_inputs, encode_corpus
 from training.models.tower import evaluating
-from training.robustness.certificates import linear_head
+from training.robustness.certificates import linear_head, linear_layer
 from training.robustness.linear.retrieval_heads import check_settings, evaluate_head, train_head
 from training.robustness.norms import L1, L2, LINF, Norm
 
@@ -48,6 +50,10 @@ class HeadPairs(NamedTuple):
     def to(self, device: torch.device) -> HeadPairs:
         """The same on another device."""
         return HeadPairs(*(part.to(device) for part in self))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation ``(F,)`` of the features, the latter never 0."""
+        return self.features.mean(dim=0), self.features.std(dim=0).clamp(min=1e-6)
 
     def standardised(self, mean: Tensor, std: Tensor) -> HeadPairs:
         """With features in standard deviations from the mean."""
@@ -87,9 +93,8 @@ def image_pairs(model: DualEncoder, corpus: Corpus) -> HeadPairs:
 
 
 def _linear(model: DualEncoder) -> nn.Linear:
-    for module in model.image_tower.head.modules():
-        if isinstance(module, nn.Linear):
-            return module
+    if (linear := linear_layer(model.image_tower)) is not None:
+        return linear
     raise InputError(f"{model.config.image.encoder}: the image tower has no head to train; train with head linear")
 
 
@@ -227,6 +232,13 @@ def clean_recall(weight: Tensor, pairs: HeadPairs) -> float:
     """R@1 in [0, 1], without the care for ties that :func:`evaluate_head` takes."""
     best = (pairs.features @ weight.T @ pairs.gallery.T).argmax(dim=1)
     return float((pairs.owner[best] == torch.arange(len(best), device=best.device)).double().mean())
+
+
+def text_recall(weight: Tensor, pairs: HeadPairs, bias: Tensor | float = 0.0) -> float:
+    """R@1 in [0, 1] of captions as queries, for whom images are compared by the cosine; ties pessimistic."""
+    images = F.normalize(pairs.features.double().cpu() @ weight.double().cpu().T + bias, dim=1)
+    ranks = retrieval_ranks(images, pairs.gallery.double().cpu(), pairs.owner.cpu())
+    return float((ranks.t2i == 0).mean())
 
 
 def radii_kept(radii: Tensor, kept: tuple[float, ...] = (0.5, 0.25)) -> list[float]:

@@ -58,9 +58,9 @@ def minimise(
         unit = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))
         slope = now.jacobian.T @ (aim / now.sides) - now.gradient
         error = _residual(now, multipliers, aim)
+        scaled = unit[:, None] * matrix * unit
         for damping in _DAMPING:
-            system = unit[:, None] * matrix * unit + damping * np.eye(len(unit))
-            dz = unit * np.linalg.lstsq(system, unit * slope)[0]
+            dz = unit * np.linalg.lstsq(scaled + damping * np.eye(len(unit)), unit * slope)[0]
             change = aim / now.sides - multipliers - ratios * (now.jacobian @ dz)
             falling = change < 0
             step = min(1.0, 0.99 * float((-multipliers[falling] / change[falling]).min(initial=np.inf)))
