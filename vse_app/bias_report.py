@@ -27,16 +27,8 @@ def format_study(record: dict[str, Any]) -> str:
         f"data sets for each ratio d / N: {config['seeds']}.",
         "Share of the largest margin: 1 is the most robust linear model there is, below 0 a point is misclassified.",
     ]
-    lines += _part(
-        f"Optimisers, {config['steps']:,} steps", record["margins"], [*OPTIMISERS, ADAM], "the margin in", "ratio"
-    )
-    lines += _part(
-        f"Architecture, {config['net_steps']:,} steps",
-        record["nets"],
-        [NET, "gradient descent"],
-        "the margin in",
-        "ratio",
-    )
+    lines += _part(f"Optimisers, {config['steps']:,} steps", record["margins"], [*OPTIMISERS, ADAM])
+    lines += _part(f"Architecture, {config['net_steps']:,} steps", record["nets"], [NET, "gradient descent"])
     lines += ["", "Largest margins, which are the ε* of attacks in the dual norm (mean)"]
     lines += _table(
         ["ratio", "points", *(f"{NAMES[norm]} (attack {RESISTED[attack]})" for norm, attack in ATTACKS.items())],
@@ -51,11 +43,10 @@ def format_study(record: dict[str, Any]) -> str:
     )
     sweep = f"{config['sweep_steps']:,} steps"
     lines += ["", f"Penalty on ‖w‖₁, {sweep}: ℓ1 margin"]
-    lines += _sweep(record["regularisers"], [f"λ = {weight:g}" for weight in config["weights"]], _l1)
+    lines += _sweep(record["regularisers"], _l1)
     lines += ["", f"Adversarial training in ℓ∞, {sweep}: ℓ1 margin, and share of points lost at that ε"]
     lines += _sweep(
         record["adversarial"],
-        [f"ε = {share:g} ε*" for share in config["shares"]],
         lambda rows: f"{_l1(rows)}; {100 * np.mean([row['robust_error'] for row in rows]):.0f} %",
     )
     return "\n".join(lines)
@@ -90,23 +81,25 @@ def write_figures(record: dict[str, Any], out: Path) -> list[str]:
     return list(drawings)
 
 
-def _part(title: str, rows: Sequence[Row], names: Sequence[str], of: str, first: str) -> list[str]:
-    lines = ["", f"{title}: {of} …"]
+def _part(title: str, rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    lines = ["", f"{title}: the margin in …"]
     body = []
     for ratio, group in _by_ratio(rows):
         for name in names:
             chosen = [row for row in group if row["name"] == name]
             if chosen:
                 body.append([f"{ratio:g}", name, *(_spread([r["shares"][norm] for r in chosen]) for norm in ATTACKS)])
-    return lines + _table([first, "", *(NAMES[norm] for norm in ATTACKS)], body)
+    return lines + _table(["ratio", "", *(NAMES[norm] for norm in ATTACKS)], body)
 
 
-def _sweep(rows: Sequence[Row], names: Sequence[str], cell: Callable[[list[Row]], str]) -> list[str]:
+def _sweep(rows: Sequence[Row], cell: Callable[[list[Row]], str]) -> list[str]:
+    """A line per setting, a column per ratio."""
+    groups = _by_ratio(rows)
     body = [
-        [f"{ratio:g}", *(cell([row for row in group if row["name"] == name]) for name in names)]
-        for ratio, group in _by_ratio(rows)
+        [name, *(cell([row for row in group if row["name"] == name]) for _, group in groups)]
+        for name in dict.fromkeys(row["name"] for row in rows)
     ]
-    return _table(["ratio", *names], body)
+    return _table(["", *(f"d / N = {ratio:g}" for ratio, _ in groups)], body)
 
 
 def _l1(rows: Sequence[Row]) -> str:
@@ -193,4 +186,4 @@ def _draw_fourier(figure: Any, record: dict[str, Any]) -> None:
         axes.axvline(1, color="#7a7a7a", linewidth=0.8)
         axes.set(title=f"d / N = {ratio:g}", xlabel="ε of the Fourier-ℓ∞ attack, in ε*")
     panels[0].set_ylabel("points that stay, %")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=2)

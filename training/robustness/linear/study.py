@@ -52,9 +52,9 @@ class StudyConfig:
     steps: int = 10_000
     net_ratios: tuple[float, ...] = (2, 8, 32)
     net_steps: int = 100_000
-    weights: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-    shares: tuple[float, ...] = (0, 0.5, 0.9, 1.1)
-    sweep_ratios: tuple[float, ...] = (2, 8)
+    weights: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    shares: tuple[float, ...] = (0, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3)
+    sweep_ratios: tuple[float, ...] = (2, 8, 32)
     sweep_steps: int = 20_000
 
     def __post_init__(self) -> None:
