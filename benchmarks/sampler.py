@@ -24,6 +24,7 @@ from training.config import ClusterConfig, Config, LossConfig, OptimConfig
 from training.data.batches import Features, Pairs
 from training.gradient_sampling import GradientSampling
 from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from training.optimizer import build_optimizer
 from training.sampling.clustering import fit_clusters
 from training.trainer import Trainer
 
@@ -57,7 +58,7 @@ def trainer(folder: Path, dim: int, sampler: Any) -> Trainer:
     tower = made.model.text_tower
     tower.head = torch.nn.Linear(TEXT_WIDTH, dim)
     made._texts_cached = True
-    made.optimizer = made._build_optimizer()
+    made.optimizer = build_optimizer(made.config.optim, made.model, made.loss)
     if sampler != "uniform":
         made.sampling = made.gradient_sampling(sampler)
     return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -36,12 +35,14 @@ from training.models.features import corpus_encoder, corpus_inputs
 from training.models.hub import locate
 from training.models.similarity import Similarity
 from training.models.tower import default_device
+from training.optimizer import build_optimizer, set_learning_rate
+from training.run_log import RunLog
 from training.sampling.decision import Decision
 from training.sampling.stratified import ImportanceBatches
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, METRICS_FILE, STATE_FILE = "config.toml", "metrics.jsonl", "state/last.safetensors"
+CONFIG_FILE, STATE_FILE = "config.toml", "state/last.safetensors"
 
 
 def build_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
@@ -106,7 +107,7 @@ class Trainer:
 
         self.loss = build_loss(config.loss, self.model.similarity, len(self.batches)).to(self.device)
         self.detector = CollapseDetector(config.loss.margin)
-        self.optimizer = self._build_optimizer()
+        self.optimizer = build_optimizer(config.optim, self.model, self.loss)
         self.sampling = None if config.sampler == "uniform" else self.gradient_sampling(config.sampler)
         self.adversarial = self._adversarial_training(initial)
         weights, self._by_weight = self.train_corpus.weights, None
@@ -119,7 +120,7 @@ class Trainer:
         self.validations_since_best = 0
         self.seconds = 0.0
         self._started = time.monotonic()
-        self._writer = _tensorboard(self.out) if config.tensorboard else None
+        self._log = RunLog(self.out, config.tensorboard)
         if resume:
             self._restore()
         write_text(self.out / CONFIG_FILE, to_toml(config))
@@ -173,16 +174,14 @@ class Trainer:
                         self._save()
                     if stale:
                         break
-        if self._writer is not None:
-            self._writer.close()
+        self._log.close()
         assert self.best is not None, "every epoch ends with a validation"
         return self.best
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         config = self.config.optim
         batch = batch.to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * self._rate(self.step)
+        set_learning_rate(self.optimizer, config, self.step, len(self.batches))
         self.loss.advance(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         if self.sampling is not None:
@@ -206,7 +205,7 @@ class Trainer:
             if self.config.loss.on_collapse == "fall_back" and isinstance(self.loss, Curriculum):
                 self.loss.fall_back()
         if self.step % 50 == 0:
-            self._log({"kind": "train", **logged, "lr": self.optimizer.param_groups[0]["lr"]})
+            self._record("train", {**logged, "lr": self.optimizer.param_groups[0]["lr"]})
         return logged
 
     def _order(self, epoch: int, position: int) -> Iterator[list[int]]:
@@ -224,7 +223,7 @@ class Trainer:
 
     def _report(self, decision: Decision) -> None:
         tqdm.write(str(decision))
-        self._log({"kind": "sampler", **asdict(decision)})
+        self._record("sampler", asdict(decision))
 
     def _update_sampling(self, ends_epoch: bool) -> bool:
         """A decision after each epoch; within it, whether the batches that are left must be other ones."""
@@ -264,39 +263,6 @@ class Trainer:
             texts: Tensor = (text_tower.project if self._texts_cached else text_tower)(*batch.texts)
         return texts
 
-    def _rate(self, step: int) -> float:
-        """Learning rate as a fraction of its peak."""
-        config = self.config.optim
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "step":
-            return float(0.1 ** (step // len(self.batches) // config.decay_epochs))
-        if config.schedule == "cosine":
-            done = (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
-            return 0.5 * (1 + math.cos(math.pi * done))
-        return 1.0
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config.optim
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, parameter in (*self.model.named_parameters(), *self.loss.named_parameters(prefix="loss")):
-            if parameter.requires_grad:
-                side = self.model.config.image if name.startswith("image") else self.model.config.text
-                pretrained = ".backbone." in name and ":" in side.encoder
-                groups.setdefault((pretrained, parameter.ndim > 1), []).append(parameter)
-        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-        return kind(
-            [
-                {
-                    "params": parameters,
-                    "peak_lr": config.backbone_lr if pretrained else config.lr,
-                    "weight_decay": config.weight_decay if matrix else 0.0,
-                }
-                for (pretrained, matrix), parameters in groups.items()
-            ],
-            lr=config.lr,
-        )
-
     def _validate(self, logged: dict[str, float]) -> None:
         images, captions = self._encode_validation()
         metrics = evaluate(images, captions, self.val_corpus.owner, self.model.similarity.scores)
@@ -305,7 +271,7 @@ class Trainer:
         latest = self.adversarial is not None
         better = latest or self.best is None or metrics.rsum > self.best["rsum"]
         self.validations_since_best = 0 if better else self.validations_since_best + 1
-        self._log({"kind": "validation", **record})
+        self._record("validation", record)
         tqdm.write(
             f"epoch {self.step / len(self.batches):5.2f}  loss {logged['loss']:8.3f}  "
             f"i2t R@1 {metrics.i2t.r1:5.1f}  t2i R@1 {metrics.t2i.r1:5.1f}  rSum {metrics.rsum:6.1f}"
@@ -323,14 +289,8 @@ class Trainer:
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._started
 
-    def _log(self, record: dict[str, Any]) -> None:
-        line = {"step": self.step, "seconds": round(self._elapsed(), 1), **record}
-        with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._writer is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._writer.add_scalar(f"{record['kind']}/{name}", value, self.step)
+    def _record(self, kind: str, record: dict[str, Any]) -> None:
+        self._log.write(self.step, self._elapsed(), {"kind": kind, **record})
 
     def _save(self) -> None:
         tensors = {
@@ -339,14 +299,13 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer),
             "sampling": self.sampling.state_dict() if self.sampling is not None else {},
         }
-        metrics = self.out / METRICS_FILE
         record = {
             "config": asdict(self.config),
             "step": self.step,
             "best": self.best,
             "validations_since_best": self.validations_since_best,
             "detector": self.detector.state_dict(),
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "metrics_bytes": self._log.size(),
             "seconds": self._elapsed(),
         }
         save_state(self.out / STATE_FILE, tensors, record)
@@ -367,9 +326,7 @@ class Trainer:
         self.step, self.best = record["step"], record["best"]
         self.validations_since_best = record["validations_since_best"]
         self.seconds = record["seconds"]
-        metrics = self.out / METRICS_FILE
-        if metrics.exists():  # what was logged after the state was saved will be logged again
-            os.truncate(metrics, record["metrics_bytes"])
+        self._log.cut(record["metrics_bytes"])
 
     def _stop_on_nan(self, batch: Batch, value: float, norm: float) -> None:
         captions = [self.train_corpus.caption_ids[i] for i in batch.pairs]
@@ -390,11 +347,3 @@ def _with_feature_dim(config: Config, corpus: Corpus) -> Config:
         return config
     image = replace(image, feature_dim=int(corpus.features.shape[-1]))
     return replace(config, model=replace(config.model, image=image))
-
-
-def _tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("tensorboard is not installed; pip install 'vse[tensorboard]'") from None
-    return SummaryWriter(str(out / "tensorboard"))

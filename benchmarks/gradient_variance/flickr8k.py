@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from training.config import Config, read_toml
 from training.data.batches import Batch, Pairs
 from training.files import write_text
+from training.run_log import METRICS_FILE
 from training.sampling.stratified import StratifiedBatches
-from training.trainer import METRICS_FILE, Trainer
+from training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "flickr8k_frozen.toml"
 COPIED = 10  # pairs that the copies are of
