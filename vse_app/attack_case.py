@@ -17,7 +17,7 @@ from torch import Tensor
 from index.items import Item
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
-from training.robustness.norms import parse_norm
+from training.robustness.norms import check_radius
 from training.robustness.retrieval_threats import GalleryImage, QueryImage, Threat
 from vse_app.search_engine import SearchEngine
 
@@ -37,7 +37,7 @@ class AttackRequest:
 
     Attributes:
         threat: A key of :data:`THREATS`.
-        norm: See :func:`~training.robustness.norms.parse_norm`.
+        norm: A name that :func:`~training.robustness.norms.parse_norm` knows.
         epsilon: Radius, for pixels in [0, 1].
         steps: Gradient steps.
         text: The search of a gallery threat; None takes the picture's own caption.
@@ -57,11 +57,7 @@ class AttackRequest:
     def __post_init__(self) -> None:
         if self.threat not in THREATS:
             raise InputError(f"threat {self.threat!r} is unknown; choose from {', '.join(THREATS)}")
-        parse_norm(self.norm)
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise InputError(f"ε = {self.epsilon}: give a number above 0")
-        if self.norm == "linf" and self.epsilon > 1:
-            raise InputError(f"ε = {self.epsilon:g}: pixels go from 0 to 1, so must ε; write 8/255, not 8")
+        check_radius(self.norm, self.epsilon)
         if not 1 <= self.steps <= MOST_STEPS:
             raise InputError(f"{self.steps} steps; give 1 to {MOST_STEPS}")
 

@@ -26,7 +26,7 @@ from training.robustness.attack_trials import Trials
 from training.robustness.corruptions import CORRUPTIONS, corrupt
 from training.robustness.curves import AttackSettings, attack_curve, embed_all, smallest_epsilon
 from training.robustness.feature_space import certify
-from training.robustness.norms import parse_norm
+from training.robustness.norms import check_radius, parse_norm
 from training.robustness.parts import Parts
 from training.robustness.retrieval_threats import GalleryImage, QueryImage, QueryText, Threat
 from training.robustness.spectrum import radial_spectrum
@@ -85,9 +85,7 @@ class AuditConfig:
             raise InputError("audit: queries, steps and trials must be at least 1")
         if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)) or not self.epsilons[0] > 0:
             raise InputError("audit: give radii above 0 in ascending order; ε = 0 is always there")
-        if self.norm == "linf" and self.epsilons[-1] > 1:
-            raise InputError(f"ε = {self.epsilons[-1]:g}: pixels go from 0 to 1, so must ε; write 8/255, not 8")
-        parse_norm(self.norm)
+        check_radius(self.norm, self.epsilons[-1])
 
 
 class Audit:

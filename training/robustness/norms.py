@@ -361,6 +361,19 @@ _NORMS: dict[str, Norm] = {norm.name: norm for norm in (LINF, L2, L1, FOURIER_LI
 _FOURIER = re.compile(r"fourier-linf(/f)?(?:\[(\d*\.?\d+), *(\d*\.?\d+)\])?")
 
 
+def check_radius(norm: str, epsilon: float) -> None:
+    """Refuse a radius that is not above 0, or that grey levels were meant by: pixels go from 0 to 1.
+
+    Raises:
+        InputError: If so, or if the norm is unknown.
+    """
+    parse_norm(norm)
+    if not 0 < epsilon < math.inf:
+        raise InputError(f"ε = {epsilon}: give a number above 0")
+    if norm == LINF.name and epsilon > 1:
+        raise InputError(f"ε = {epsilon:g}: pixels go from 0 to 1, so must ε; write 8/255, not 8")
+
+
 def parse_norm(name: str) -> Norm:
     """The norm of a name, as :attr:`Norm.name` gives it.
 
