@@ -19,17 +19,16 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.errors import InputError
 from training.files import replacing
 from training.robustness.norms import FourierLInf, parse_norm
 from training.robustness.spectrum import radial_frequency, radial_mean
 from vse_app.audit_report import radius
 from vse_app.contact_sheet import FRAME, INK, PAPER
+from vse_app.figures import BLACK, BLUE, GREY, ORANGE, new_figure, save_figure, tidy
 
 if TYPE_CHECKING:
     from training.robustness.audit import Audit
 
-BLACK, BLUE, ORANGE, GREY = "#000000", "#0072b2", "#e69f00", "#8c8c8c"
 NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
 TILE, GAP, TEXT_WIDTH, LINE, MARGIN = 200, 14, 330, 24, 6
 CAPTION = (TILE - LINE) // 3
@@ -61,8 +60,7 @@ def write_figures(record: dict[str, Any], audit: Audit, out: Path) -> list[str]:
     }
     for name, figure in figures.items():
         if figure is not None:
-            with replacing(out / name) as temporary:
-                figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+            save_figure(figure, out / name)
     written = [name for name, figure in figures.items() if figure is not None]
     sheet = _flips(record, audit, out)
     if sheet is None:
@@ -70,23 +68,6 @@ def write_figures(record: dict[str, Any], audit: Audit, out: Path) -> list[str]:
     with replacing(out / "flips.png") as temporary:
         sheet.save(temporary, format="PNG")
     return [*written, "flips.png"]
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("matplotlib is not installed; pip install 'vse[plots]' or add --no-plot") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _tidy(axes: Any) -> None:
-    axes.set_axisbelow(True)
-    axes.grid(color="#e6e6e6")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _heading(record: dict[str, Any]) -> str:
@@ -111,7 +92,7 @@ def _curves(record: dict[str, Any]) -> Any:
     panels = (query is not None) + (owner is not None or promote is not None)
     if not panels:
         return None
-    figure = _figure(5.2 * panels if panels > 1 else 6.4, 5)
+    figure = new_figure(5.2 * panels if panels > 1 else 6.4, 5)
     first, last = figure.subplots(1, panels, squeeze=False)[0, [0, -1]]
     if query is not None:
         _line(first, query["curve"], "r1", BLACK, "-o", "R@1, 95 % interval", band=True)
@@ -154,7 +135,7 @@ def _steps(epsilon: float, norm: str) -> float:
 
 
 def _dress(axes: Any, points: list[dict[str, Any]], norm: str, label: str) -> None:
-    _tidy(axes)
+    tidy(axes)
     unit = "ε · 255 (ℓ∞, in 8-bit steps)" if norm == "linf" else f"ε ({NORMS.get(norm, norm)})"
     axes.set(xlabel=unit, ylabel=label, ylim=(0, 100), xlim=(-0.15, len(points) - 0.85))
     ticks = [f"{_steps(point['epsilon'], norm):.3g}" for point in points]
@@ -191,7 +172,7 @@ def _shifts(record: dict[str, Any], shown: int) -> Any:
     counts = np.stack([np.histogram(row, edges)[0] for row in shifts]) * 100 / shifts.shape[1]
     kept = slice(0 if counts[:, 0].any() else 1, None)  # an attack hardly ever raises a rank
     counts, labels = counts[:, kept], labels[kept]
-    figure = _figure(7.2, 4.4)
+    figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
     width = 0.8 / len(places)
     for number, (place, row, colour, hatch) in enumerate(
@@ -200,7 +181,7 @@ def _shifts(record: dict[str, Any], shown: int) -> Any:
         left = np.arange(len(row)) + (number - (len(places) - 1) / 2) * width
         label = f"ε = {radius(found['curve'][place]['epsilon'], norm)}, median {np.median(shifts[number]):,.0f}"
         axes.bar(left, row, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
-    _tidy(axes)
+    tidy(axes)
     axes.grid(visible=False, axis="x")
     axes.set(xlabel="rank under attack − clean rank of the best own caption", ylabel="share of queries, %")
     axes.set_xticks(range(len(labels)), labels, rotation=45 if len(labels) > 6 else 0)
@@ -220,7 +201,7 @@ def _spectrum(record: dict[str, Any], audit: Audit) -> Any:
     if isinstance(norm, FourierLInf):  # in bins as well: an edge of the band lies within one
         shares = radial_mean(norm.shares(radial_frequency(*audit.picture(0).shape[-2:]))).mean
         limits = shares.where(shares > 0, math.nan)
-    figure = _figure(7.2, 4.4)
+    figure = new_figure(7.2, 4.4)
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator
 
@@ -240,7 +221,7 @@ def _spectrum(record: dict[str, Any], audit: Audit) -> Any:
         axes.plot([], [], color=GREY, linewidth=0.8, label="limit, mean of the bin")
         if norm.band is not None:
             axes.axvspan(*norm.band, color=GREY, alpha=0.15, linewidth=0, label="allowed band")
-    _tidy(axes)
+    tidy(axes)
     unit = "8-bit steps" if name == "linf" else "pixels in [0, 1]"
     axes.set(xlabel="radial frequency, 1 = Nyquist: half a cycle per pixel", xlim=(0, math.sqrt(2)), yscale="log")
     axes.set_ylabel(f"mean |δ̂|, orthonormal 2-D DFT, {unit}")
@@ -262,7 +243,7 @@ def _corruptions(record: dict[str, Any]) -> Any:
         return None
     names, severities, clean = list(found["r1"]), list(next(iter(found["r1"].values()))), found["clean"]
     values = np.array([[found["r1"][n][s]["value"] for s in severities] for n in names], dtype=np.float64)
-    figure = _figure(6.2, 1.9 + 0.3 * len(names))
+    figure = new_figure(6.2, 1.9 + 0.3 * len(names))
     axes = figure.subplots()
     top = max(float(np.nanmax(values, initial=1)), clean["value"] or 0)
     picture = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
@@ -288,7 +269,7 @@ def _certificates(record: dict[str, Any]) -> Any:
     tables = {} if "reason" in found else {norm: of["table"] for norm, of in found.items() if of["table"]}
     if not tables:
         return None
-    figure = _figure(max(3.4 * len(tables), 6.8), 4)
+    figure = new_figure(max(3.4 * len(tables), 6.8), 4)
     panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
     for axes, (norm, table) in zip(panels, tables.items(), strict=True):
         radii, certified, attacked = (
@@ -297,7 +278,7 @@ def _certificates(record: dict[str, Any]) -> Any:
         axes.fill_between(radii, certified, attacked, color=GREY, alpha=0.25, linewidth=0, label="between: not known")
         axes.plot(radii, attacked, "--s", color=BLUE, markersize=5, label="attacked: an upper bound", clip_on=False)
         axes.plot(radii, certified, "-o", color=BLACK, markersize=5, label="certified: a lower bound", clip_on=False)
-        _tidy(axes)
+        tidy(axes)
         axes.set(xlabel=f"radius, {NORMS.get(norm, norm)}", ylim=(0, None), xlim=(0, None))
         axes.locator_params(axis="x", nbins=5)
     panels[0].set_ylabel("R@1, %")

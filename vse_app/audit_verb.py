@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> None:
     from training.robustness.text_edits import TextBudget, load_synonyms
     from vse_app import audit_report
     from vse_app.audit_figures import write_figures
+    from vse_app.figures import require_matplotlib
 
+    if not args.no_plot:
+        require_matplotlib()
     if args.norm != "linf" and not args.epsilons:
         raise InputError(f"--norm {args.norm}: radii mean something else in every norm; add --epsilons")
     named = "all" not in args.threat

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.errors import InputError
-from training.files import replacing
 from training.robustness.linear.study import ADAM, ATTACKS, NET, OPTIMISERS
+from vse_app.figures import new_figure, save_figure, tidy
 
 Row = dict[str, Any]
 NAMES = {"l1": "ℓ1", "l2": "ℓ2", "linf": "ℓ∞", "fourier-l1": "Fourier-ℓ1"}
@@ -58,26 +57,17 @@ def write_figures(record: dict[str, Any], out: Path) -> list[str]:
     Raises:
         InputError: If matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError("figures need matplotlib; pip install 'vse[plots]' or add --no-plot") from error
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     drawings: dict[str, Callable[[Any, dict[str, Any]], None]] = {
         "optimisers.png": _draw_optimisers,
         "sweeps.png": _draw_sweeps,
         "fourier.png": _draw_fourier,
     }
     for name, draw in drawings.items():
-        figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
+        figure = new_figure(10, 3.6)
         draw(figure, record)
         for axes in figure.axes:
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.3, linewidth=0.6)
-        with replacing(out / name) as temporary:
-            figure.savefig(temporary, format="png")
+            tidy(axes)
+        save_figure(figure, out / name)
     return list(drawings)
 
 

@@ -29,8 +29,11 @@ def _bias(args: argparse.Namespace) -> None:
     from training.files import write_text
     from training.robustness.linear.study import QUICK, Study, StudyConfig
     from vse_app.bias_report import format_study, write_figures
+    from vse_app.figures import require_matplotlib
     from vse_app.index_verb import progress_bar
 
+    if not args.no_plot:
+        require_matplotlib()
     config = QUICK if args.quick else StudyConfig()
     if args.seeds is not None:
         config = replace(config, seeds=args.seeds)

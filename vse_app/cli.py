@@ -212,8 +212,11 @@ def _variance(args: argparse.Namespace) -> None:
     from training.data.formats import dedup
     from training.errors import InputError
     from vse_app import variance_report as report
+    from vse_app.figures import require_matplotlib
     from vse_app.gradient_study import GradientStudy
 
+    if not args.no_plot:
+        require_matplotlib()
     if args.draws < 4:
         raise InputError(f"variance: --draws {args.draws}: too few to estimate a variance; take 50 or more")
     config = read_toml(args.directory / "config.toml")

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from training.robustness.linear.retrieval_heads import HeadEvaluation
 
-NAMES = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
-
 
 def add_parser(verbs: Any) -> None:
     """Add the verb to the program's subparsers."""
@@ -40,7 +38,7 @@ def add_parser(verbs: Any) -> None:
         help="norm of all entries of W, or what a unit attack gains on a mean pair of captions (default: margin)",
     )
     verb.add_argument(
-        "--norm", default="l2", choices=list(NAMES), help="attack the margin penalty is for (default: l2)"
+        "--norm", default="l2", choices=["linf", "l2", "l1"], help="attack the margin penalty is for (default: l2)"
     )
     verb.add_argument(
         "--penalties",
@@ -55,6 +53,7 @@ def add_parser(verbs: Any) -> None:
     verb.add_argument("--train-split", default="train")
     verb.add_argument("--split", default="val", help="that the table is about (default: val)")
     verb.add_argument("--seed", type=int, default=0, help="decides held-out images and batches")
+    verb.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     verb.set_defaults(run=run)
 
 
@@ -69,8 +68,12 @@ def run(args: argparse.Namespace) -> None:
     from training.models.dual_encoder import DualEncoder
     from training.robustness.linear import head_training as heads
     from training.robustness.linear.retrieval_heads import ATTACK_OF_PENALTY, evaluate_head
+    from vse_app import harden_report as report
+    from vse_app.figures import require_matplotlib
     from vse_app.index_verb import progress_bar
 
+    if not args.no_plot:
+        require_matplotlib()
     hardened = (args.out / "harden.json").exists() and args.out.resolve() != Path(args.model).resolve()
     if (args.out / "config.json").exists() and not hardened:
         raise InputError(f"--out {args.out}: holds a run, whose head would be lost; give another folder")
@@ -104,88 +107,16 @@ def run(args: argparse.Namespace) -> None:
         chosen = fit(plain_recipe, "gradient descent")
         rows["gradient descent"] = measured(chosen.weight)
         if recipe != plain_recipe:
-            label = _label(recipe.optimizer, recipe.regularizer, recipe.attack)
+            label = report.head_label(recipe.optimizer, recipe.regularizer, recipe.attack)
             chosen = fit(recipe, label, chosen.weight)
             rows[label] = measured(chosen.weight)
 
-    record = _record(args, rows, len(test.features), len(test.gallery), chosen.steps, chosen.share)
-    table = format_table(record)
-    print(table)
+    about = {"run": args.model, "data": args.data, "split": args.split, "seed": args.seed}
+    record = report.to_record(about, rows, test, chosen)
+    print(report.format_table(record))
     heads.set_head(model, chosen.weight, mean, std)
-    model.save_pretrained(args.out, _card(args.model, table))
-    write_text(args.out / "harden.json", json.dumps(record, indent=2) + "\n")
-    print(f"\n{args.out}: the run with its new head, harden.json")
-
-
-def _label(optimizer: str, regularizer: str, attack: str) -> str:
-    if regularizer == "none":
-        return f"{optimizer} descent"
-    return f"{optimizer} + {NAMES[attack]} margin" if regularizer == "margin" else f"{optimizer} + {regularizer} of W"
-
-
-def _record(
-    args: argparse.Namespace,
-    rows: dict[str, tuple[HeadEvaluation, float]],
-    images: int,
-    captions: int,
-    steps: int,
-    share: float,
-) -> dict[str, Any]:
-    """What the table shows, for machines."""
-    from training.robustness.linear.head_training import radii_kept
-
-    own, _ = next(iter(rows.values()))
-    radii = {norm: radii_kept(own.radii[norm]) for norm in NAMES}
-    return {
-        "run": str(args.model),
-        "data": args.data,
-        "split": args.split,
-        "images": images,
-        "captions": captions,
-        "seed": args.seed,
-        "steps": steps,
-        "penalty": share,
-        "radii": radii,
-        "heads": {
-            label: {"clean": 100 * of.clean, "clean_texts": 100 * texts}
-            | {norm: [100 * share for share in of.curve(norm, radii[norm]).tolist()] for norm in NAMES}
-            for label, (of, texts) in rows.items()
-        },
-    }
-
-
-def format_table(record: dict[str, Any]) -> str:
-    """Clean R@1 beside certified R@1, at the radii where the run's own head keeps a half and a quarter of its hits."""
-    columns = [f"{NAMES[norm]} {radius:.3g}" for norm, radii in record["radii"].items() for radius in radii]
-    lines = [
-        f"{record['data']}, split {record['split']}: {record['images']:,} images as queries, "
-        f"{record['captions']:,} captions.",
-        "R@1 in percent, clean in both directions, and of image to text certified against perturbations of the",
-        "features up to a radius, in standard deviations: where the run's own head keeps a half and a quarter.",
-        "",
-        f"{'head':24}{'i → t':>8}{'t → i':>8}" + "".join(f"{column:>11}" for column in columns),
-    ]
-    for label, row in record["heads"].items():
-        certified = [share for norm in record["radii"] for share in row[norm]]
-        lines.append(
-            f"{label:24}{row['clean']:8.1f}{row['clean_texts']:8.1f}"
-            + "".join(f"{share:11.1f}" for share in certified)
-        )
-    chosen = f"The last head: {record['steps']} steps"
-    return "\n".join([*lines, chosen + (f", penalty {record['penalty']:g}." if record["penalty"] else ".")])
-
-
-def _card(run: str, table: str) -> str:
-    return f"""---
-library_name: vse
-tags: [image-text-retrieval, visual-semantic-embedding]
----
-# `{run}` with a hardened image head
-
-The image head was trained anew by `vse harden`; backbones and text tower are those of the run. Certificates are about
-perturbations of the image backbone's pooled features; they say nothing about pixels.
-
-```
-{table}
-```
-"""
+    model.save_pretrained(args.out, report.model_card(record, figure=not args.no_plot))
+    write_text(args.out / "harden.json", json.dumps(record) + "\n")
+    if not args.no_plot:
+        report.write_figure(record, args.out / report.FIGURE)
+    print(f"\n{args.out}: the run with its new head, harden.json" + (f", {report.FIGURE}" * (not args.no_plot)))

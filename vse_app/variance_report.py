@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from training.data.corpus import Corpus
-from training.errors import InputError
 from training.files import replacing, write_text
 from vse_app.contact_sheet import Row, contact_sheet
+from vse_app.figures import new_figure, save_figure, tidy
 from vse_app.gradient_study import Point, Redundancy
 
 SHOWN = 8  # groups of copies that are listed, and pictures of each
@@ -86,14 +86,9 @@ def write_plot(points: Sequence[Point], title: str, path: Path) -> None:
     Raises:
         InputError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-    except ImportError:
-        raise InputError("matplotlib is not installed; pip install 'vse[plots]' or add --no-plot") from None
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 4.2)
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
     left, right = figure.subplots(1, 2)
     epochs = [point.epoch for point in points]
     for name, colour in zip(points[0].samplers, COLOURS, strict=True):
@@ -106,15 +101,13 @@ def write_plot(points: Sequence[Point], title: str, path: Path) -> None:
     for axes, label in ((left, "variance of the mini-batch gradient"), (right, "variance ÷ uniform")):
         axes.set(xlabel="epochs of training", ylabel=label, yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color="#e6e6e6")
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
     right.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize=10)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def write_sheet(found: Redundancy, corpus: Corpus, path: Path) -> bool:

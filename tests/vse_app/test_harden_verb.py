@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import colours
 import pytest
+from PIL import Image
 
 from training.robustness.linear.retrieval_heads import HEAD_OPTIMIZERS, HEAD_REGULARIZERS
 from vse_app import harden_verb
@@ -49,7 +51,18 @@ def test_the_table_is_about_the_run_that_is_written(
     for label, of in (("the run's own", run), ("gradient + ℓ∞ margin", tmp_path / "new")):
         for direction, value in recall(of, data, tmp_path / "recall.json").items():
             assert record["heads"][label][direction] == pytest.approx(value)
-    assert "gradient + ℓ∞ margin" in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert "gradient + ℓ∞ margin" in card
+    assert "(certified.png)" in card
+    for row in record["heads"].values():
+        for norm, curve in row["curves"].items():
+            assert curve[0] == row["clean"]  # certified at radius 0 is found
+            assert curve == sorted(curve, reverse=True)
+            half = record["radii"][norm][0]
+            after = next(n for n, radius in enumerate(record["curve_radii"][norm]) if radius >= half)
+            assert curve[after - 1] >= row[norm][0] >= curve[after]
+    with Image.open(tmp_path / "new" / "certified.png") as picture:
+        assert picture.width > 800
 
 
 def test_optimisers_and_penalties_have_their_rows(trained: tuple[str, Path], tmp_path: Path) -> None:
@@ -62,6 +75,20 @@ def test_optimisers_and_penalties_have_their_rows(trained: tuple[str, Path], tmp
     assert record["penalty"] == 0.3
     record = harden(trained, tmp_path / "c", "--head-regularizer", "none", *few)
     assert len(record["heads"]) == 2
+
+
+def test_without_matplotlib(
+    trained: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "new"
+    with pytest.raises(SystemExit):
+        harden(trained, out)
+    assert "pip install 'vse[plots]' or add --no-plot" in capsys.readouterr().err
+    assert not out.exists()
+    harden(trained, out, "--no-plot", "--head-regularizer", "none", "--steps", "2")
+    assert not (out / "certified.png").exists()
+    assert "certified.png" not in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_choices_are_those_of_the_library() -> None:
