@@ -178,6 +178,18 @@ def test_inseparable_data_are_refused(norm: str, backend: Any) -> None:
         max_margin(torch.tensor([[1, 1e-11], [1, -1e-11]]).double(), torch.tensor([1, -1]), norm, backend)
 
 
+@backends
+@norms
+def test_points_may_repeat_and_span_less_than_the_space(norm: str, backend: Any) -> None:
+    x = noise(6, 3) @ noise(3, 20, seed=1)  # rank 3
+    y = (x @ noise(20, seed=2)).sign()
+    assert set(y.tolist()) == {-1, 1}
+    once = max_margin(x, y, norm, backend)
+    twice = max_margin(x.repeat(2, 1), y.repeat(2), norm, backend)
+    assert twice.margin == pytest.approx(once.margin, rel=1e-8)
+    assert max(once.gap, twice.gap) < 1e-8
+
+
 def test_random_labels_are_separable_for_few_points_only() -> None:
     for seed in range(20):
         x, y = noise(200, 30, seed=seed), noise(200, seed=seed + 100).sign()
@@ -225,7 +237,7 @@ def test_unknown_backends_and_missing_solvers(monkeypatch: pytest.MonkeyPatch) -
         max_margin(x, y, "l1", "numpy")  # type: ignore[arg-type]
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "cvxpy" else importlib.util.find_spec(name))
     assert max_margin(x, y, "l1").margin == max_margin(x, y, "l1", "scipy").margin
-    with pytest.raises(InputError, match="cvxpy is not installed; pip install cvxpy"):
+    with pytest.raises(InputError, match=r"cvxpy is not installed; pip install 'vse\[cvxpy\]'"):
         max_margin(x, y, "l1", "cvxpy")
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"scipy is not installed; pip install 'vse\[bias\]'"):
