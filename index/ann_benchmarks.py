@@ -76,7 +76,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         import h5py
     except ImportError as error:
-        raise GalleryError(f"{path}: h5py is needed to read it; pip install 'vse[exchange]'") from error
+        raise GalleryError(f"{path}: h5py is needed to read it; pip install 'vse-app[exchange]'") from error
     try:
         with h5py.File(path, "r") as file:
             yield file

@@ -98,7 +98,7 @@ def load_pyarrow(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise GalleryError(f"{path}: its tables need pyarrow; pip install 'vse[exchange]'") from error
+        raise GalleryError(f"{path}: its tables need pyarrow; pip install 'vse-app[exchange]'") from error
     return pyarrow
 
 

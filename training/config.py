@@ -122,7 +122,7 @@ class Config:
     checkpoint_every: int = 500
     """Steps between saved states; one is also saved after each validation."""
     tensorboard: bool = False
-    """Also write TensorBoard events (pip install 'vse[tensorboard]')."""
+    """Also write TensorBoard events (pip install 'vse-app[tensorboard]')."""
 
 
 def from_dict(record: dict[str, Any], origin: str) -> Config:

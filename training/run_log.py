@@ -55,5 +55,5 @@ def _writer(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("tensorboard is not installed; pip install 'vse[tensorboard]'") from None
+        raise InputError("tensorboard is not installed; pip install 'vse-app[tensorboard]'") from None
     return SummaryWriter(str(out / "tensorboard"))

@@ -198,7 +198,7 @@ class Api:
     async def health_record(self) -> dict[str, Any]:
         """As :meth:`health`, for whoever is in the same process."""
         items, model = await _soon(self.service.call(lambda e: (len(e.gallery), e.gallery.model.get("checksum", ""))))
-        return {"status": "ok", "pictures": items, "model": model, "version": version("vse")}
+        return {"status": "ok", "pictures": items, "model": model, "version": version("vse-app")}
 
     async def metrics(self) -> Response:
         """Counters since the server started."""

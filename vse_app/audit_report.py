@@ -144,7 +144,7 @@ def write_files(record: dict[str, Any], out: Path) -> list[str]:
         import pyarrow as arrow
         from pyarrow import parquet
     except ImportError:
-        logger.info("queries.parquet is left out: pyarrow is not installed; pip install 'vse[exchange]'")
+        logger.info("queries.parquet is left out: pyarrow is not installed; pip install 'vse-app[exchange]'")
         return written
     with replacing(out / "queries.parquet") as temporary:
         parquet.write_table(arrow.Table.from_pylist(rows(record)), temporary)

@@ -20,7 +20,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise InputError("matplotlib is not installed; pip install 'vse[plots]' or add --no-plot") from None
+        raise InputError("matplotlib is not installed; pip install 'vse-app[plots]' or add --no-plot") from None
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -57,4 +57,4 @@ def require_gradio() -> None:
     from training.errors import InputError
 
     if find_spec("gradio") is None:
-        raise InputError("serve: the page needs Gradio; install it with pip install 'vse[demo]'")
+        raise InputError("serve: the page needs Gradio; install it with pip install 'vse-app[demo]'")

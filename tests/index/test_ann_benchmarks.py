@@ -100,5 +100,5 @@ def test_ann_benchmarks_files_that_are_refused(
 
 def test_h5py_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(GalleryError, match=r"h5py.*pip install 'vse\[exchange\]'"):
+    with pytest.raises(GalleryError, match=r"h5py.*pip install 'vse-app\[exchange\]'"):
         read_ann_benchmarks(tmp_path / "a.hdf5")

@@ -253,7 +253,7 @@ def test_refusals_of_export(gallery: Gallery, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(GalleryError, match="not empty; choose another directory"):
             export_gallery(gallery, tmp_path / taken)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(GalleryError, match=r"pip install 'vse\[exchange\]'"):
+    with pytest.raises(GalleryError, match=r"pip install 'vse-app\[exchange\]'"):
         export_gallery(gallery, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "g"]
 
@@ -345,7 +345,7 @@ def test_folders_that_are_refused(gallery: Gallery, tmp_path: Path, monkeypatch:
     np.save(folder / "img_emb" / "img_emb_0.npy", unit(0, 3, DIM + 1))
     refused(folder, "use the same encoder")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(folder, r"pip install 'vse\[exchange\]'")
+    refused(folder, r"pip install 'vse-app\[exchange\]'")
 
 
 def test_metadata_that_is_no_object_is_skipped(gallery: Gallery, tmp_path: Path) -> None:

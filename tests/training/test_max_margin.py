@@ -237,10 +237,10 @@ def test_unknown_backends_and_missing_solvers(monkeypatch: pytest.MonkeyPatch) -
         max_margin(x, y, "l1", "numpy")  # type: ignore[arg-type]
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "cvxpy" else importlib.util.find_spec(name))
     assert max_margin(x, y, "l1").margin == max_margin(x, y, "l1", "scipy").margin
-    with pytest.raises(InputError, match=r"cvxpy is not installed; pip install 'vse\[cvxpy\]'"):
+    with pytest.raises(InputError, match=r"cvxpy is not installed; pip install 'vse-app\[cvxpy\]'"):
         max_margin(x, y, "l1", "cvxpy")
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"scipy is not installed; pip install 'vse\[bias\]'"):
+    with pytest.raises(InputError, match=r"scipy is not installed; pip install 'vse-app\[bias\]'"):
         max_margin(x, y, "l1")
 
 

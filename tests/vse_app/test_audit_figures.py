@@ -206,6 +206,6 @@ def test_missing_matplotlib(audit: StubAudit, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(
-        InputError, match=r"^matplotlib is not installed; pip install 'vse\[plots\]' or add --no-plot$"
+        InputError, match=r"^matplotlib is not installed; pip install 'vse-app\[plots\]' or add --no-plot$"
     ):
         write_figures(record, audit, tmp_path)  # type: ignore[arg-type]

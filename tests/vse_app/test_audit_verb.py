@@ -141,4 +141,4 @@ def test_missing_parquet_is_said(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with caplog.at_level("INFO"):
         main(["audit", str(run), "--data", f"folder:{photos}", "--split", "all", *SIZES, "--no-plot"])
-    assert "pip install 'vse[exchange]'" in caplog.text
+    assert "pip install 'vse-app[exchange]'" in caplog.text

@@ -84,7 +84,7 @@ def test_without_matplotlib(
     out = tmp_path / "new"
     with pytest.raises(SystemExit):
         harden(trained, out)
-    assert "pip install 'vse[plots]' or add --no-plot" in capsys.readouterr().err
+    assert "pip install 'vse-app[plots]' or add --no-plot" in capsys.readouterr().err
     assert not out.exists()
     harden(trained, out, "--no-plot", "--head-regularizer", "none", "--steps", "2")
     assert not (out / "certified.png").exists()

@@ -71,4 +71,4 @@ def test_without_gradio(gallery: Path, capsys: pytest.CaptureFixture[str], monke
         return None if name == "gradio" else found(name, *arguments)
 
     monkeypatch.setattr(importlib.util, "find_spec", missing)
-    assert "pip install 'vse[demo]'" in refused(capsys, str(gallery))
+    assert "pip install 'vse-app[demo]'" in refused(capsys, str(gallery))

@@ -86,7 +86,7 @@ def test_without_matplotlib(
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 2
-    assert "pip install 'vse[plots]' or add --no-plot" in capsys.readouterr().err
+    assert "pip install 'vse-app[plots]' or add --no-plot" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # before it has worked for minutes
     main([*command, "--no-plot"])
     assert (tmp_path / "variance.json").exists()

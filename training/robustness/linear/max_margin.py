@@ -34,7 +34,7 @@ NORMS = ("l1", "l2", "linf", "fourier-l1")
 """Those whose margins have a name among attacks; :func:`max_margin` takes others, too."""
 INSEPARABLE = 1e-9
 """A largest margin below this share of the longest point is none."""
-_INSTALL = {"cvxpy": "pip install 'vse[cvxpy]'", "scipy": "pip install 'vse[bias]'"}
+_INSTALL = {"cvxpy": "pip install 'vse-app[cvxpy]'", "scipy": "pip install 'vse-app[bias]'"}
 # Relative gap that ends the interior-point method.
 _GAP = 1e-11
 
