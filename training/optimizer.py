@@ -48,8 +48,9 @@ def set_learning_rate(optimizer: Optimizer, config: OptimConfig, step: int, step
         cosine    ½ (1 + cos π t), t from 0 after the warm-up to 1 at the end of training
         constant  1
     """
+    share = _share(config, step, steps_per_epoch)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * _share(config, step, steps_per_epoch)
+        group["lr"] = group["peak_lr"] * share
 
 
 def _share(config: OptimConfig, step: int, steps_per_epoch: int) -> float:

@@ -24,12 +24,11 @@ from training.robustness.norms import FourierLInf, parse_norm
 from training.robustness.spectrum import radial_frequency, radial_mean
 from vse_app.audit_report import radius
 from vse_app.contact_sheet import FRAME, INK, PAPER
-from vse_app.figures import BLACK, BLUE, GREY, ORANGE, new_figure, save_figure, tidy
+from vse_app.figures import BLACK, BLUE, GREY, NORM_NAMES, ORANGE, new_figure, save_figure, tidy
 
 if TYPE_CHECKING:
     from training.robustness.audit import Audit
 
-NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
 TILE, GAP, TEXT_WIDTH, LINE, MARGIN = 200, 14, 330, 24, 6
 CAPTION = (TILE - LINE) // 3
 """Height of one of three captions below a heading, beside a picture."""
@@ -136,7 +135,7 @@ def _steps(epsilon: float, norm: str) -> float:
 
 def _dress(axes: Any, points: list[dict[str, Any]], norm: str, label: str) -> None:
     tidy(axes)
-    unit = "ε · 255 (ℓ∞, in 8-bit steps)" if norm == "linf" else f"ε ({NORMS.get(norm, norm)})"
+    unit = "ε · 255 (ℓ∞, in 8-bit steps)" if norm == "linf" else f"ε ({NORM_NAMES.get(norm, norm)})"
     axes.set(xlabel=unit, ylabel=label, ylim=(0, 100), xlim=(-0.15, len(points) - 0.85))
     ticks = [f"{_steps(point['epsilon'], norm):.3g}" for point in points]
     axes.set_xticks(range(len(points)), ticks, rotation=45 if len(points) > 8 else 0)
@@ -229,7 +228,7 @@ def _spectrum(record: dict[str, Any], audit: Audit) -> Any:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    kind = f"spectrum of perturbations in {NORMS.get(name, name)}"
+    kind = f"spectrum of perturbations in {NORM_NAMES.get(name, name)}"
     figure.suptitle(
         f"{_heading(record)}\nquery-image, {found['queries']:,} queries: {kind}{_warning(record)}", fontsize=9
     )
@@ -279,7 +278,7 @@ def _certificates(record: dict[str, Any]) -> Any:
         axes.plot(radii, attacked, "--s", color=BLUE, markersize=5, label="attacked: an upper bound", clip_on=False)
         axes.plot(radii, certified, "-o", color=BLACK, markersize=5, label="certified: a lower bound", clip_on=False)
         tidy(axes)
-        axes.set(xlabel=f"radius, {NORMS.get(norm, norm)}", ylim=(0, None), xlim=(0, None))
+        axes.set(xlabel=f"radius, {NORM_NAMES.get(norm, norm)}", ylim=(0, None), xlim=(0, None))
         axes.locator_params(axis="x", nbins=5)
     panels[0].set_ylabel("R@1, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -300,7 +299,7 @@ def _flips(record: dict[str, Any], audit: Audit, out: Path) -> Image.Image | Non
     size = columns[-1] + TEXT_WIDTH + GAP, top + len(flips) * (TILE + GAP)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    norm = NORMS.get(record["config"]["norm"], record["config"]["norm"])
+    norm = NORM_NAMES.get(record["config"]["norm"], record["config"]["norm"])
     lead = f"{_heading(record)}: queries that found an own caption first, and what an attack in {norm} makes of them"
     draw.text((GAP, GAP), _fitted(draw, lead, size[0] - 2 * GAP, 1, _font(15)), fill=INK, font=_font(15))
     heads = ["clean", "adversarial", f"difference × {GAIN}, grey: 0", "✓ framed: describes the picture", ""]

@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.robustness.linear.study import ADAM, ATTACKS, NET, OPTIMISERS
-from vse_app.figures import new_figure, save_figure, tidy
+from vse_app.figures import NORM_NAMES, new_figure, save_figure, tidy
 
 Row = dict[str, Any]
-NAMES = {"l1": "ℓ1", "l2": "ℓ2", "linf": "ℓ∞", "fourier-l1": "Fourier-ℓ1"}
-RESISTED = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1", "fourier-linf": "Fourier-ℓ∞"}
+NAMES = NORM_NAMES | {"fourier-l1": "Fourier-ℓ1", "fourier-linf": "Fourier-ℓ∞"}
 _COLOURS = dict(zip((*OPTIMISERS, ADAM), ("#0072b2", "#d55e00", "#009e73", "#7a7a7a"), strict=True))
 
 
@@ -30,7 +29,7 @@ def format_study(record: dict[str, Any]) -> str:
     lines += _part(f"Architecture, {config['net_steps']:,} steps", record["nets"], [NET, "gradient descent"])
     lines += ["", "Largest margins, which are the ε* of attacks in the dual norm (mean)"]
     lines += _table(
-        ["ratio", "points", *(f"{NAMES[norm]} (attack {RESISTED[attack]})" for norm, attack in ATTACKS.items())],
+        ["ratio", "points", *(f"{NAMES[norm]} (attack {NAMES[attack]})" for norm, attack in ATTACKS.items())],
         [
             [
                 f"{ratio:g}",
@@ -129,7 +128,7 @@ def _draw_optimisers(figure: Any, record: dict[str, Any]) -> None:
             )
             axes.fill_between(ratios, values.min(1), values.max(1), color=_COLOURS[name], alpha=0.15, linewidth=0)
         axes.set(
-            title=f"{NAMES[norm]} margin\n(attacks in {RESISTED[attack]})",
+            title=f"{NAMES[norm]} margin\n(attacks in {NAMES[attack]})",
             xscale="log",
             xlabel="d / N",
             ylim=(0, 1.05),

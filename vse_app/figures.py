@@ -8,6 +8,7 @@ from typing import Any
 from training.errors import InputError
 from training.files import replacing
 
+NORM_NAMES = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
 BLACK, BLUE, ORANGE, GREY = "#000000", "#0072b2", "#e69f00", "#8c8c8c"
 
 

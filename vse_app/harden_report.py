@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from training.robustness.linear.head_training import HeadPairs, TrainedHead, radii_kept
+from training.robustness.linear.head_training import ATTACKS, HeadPairs, TrainedHead, radii_kept
 from training.robustness.linear.retrieval_heads import HeadEvaluation
-from vse_app.figures import BLACK, BLUE, ORANGE, new_figure, save_figure, tidy
+from vse_app.figures import BLACK, BLUE, NORM_NAMES, ORANGE, new_figure, save_figure, tidy
 
-NAMES = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
 FIGURE = "certified.png"
 CURVE_POINTS = 61
 
@@ -21,7 +20,11 @@ def head_label(optimizer: str, regularizer: str, attack: str) -> str:
     """What a head is called, by how it was trained."""
     if regularizer == "none":
         return f"{optimizer} descent"
-    return f"{optimizer} + {NAMES[attack]} margin" if regularizer == "margin" else f"{optimizer} + {regularizer} of W"
+    return (
+        f"{optimizer} + {NORM_NAMES[attack]} margin"
+        if regularizer == "margin"
+        else f"{optimizer} + {regularizer} of W"
+    )
 
 
 def to_record(
@@ -36,7 +39,7 @@ def to_record(
         chosen: The last of them.
     """
     own, _ = next(iter(heads.values()))
-    radii = {norm: radii_kept(own.radii[norm]) for norm in NAMES}
+    radii = {norm: radii_kept(own.radii[norm]) for norm in ATTACKS}
     axes = {norm: [2 * of[1] * n / (CURVE_POINTS - 1) for n in range(CURVE_POINTS)] for norm, of in radii.items()}
     return {
         **about,
@@ -48,8 +51,8 @@ def to_record(
         "curve_radii": axes,
         "heads": {
             label: {"clean": 100 * of.clean, "clean_texts": 100 * texts}
-            | {norm: _percent(of.curve(norm, radii[norm])) for norm in NAMES}
-            | {"curves": {norm: _percent(of.curve(norm, axes[norm])) for norm in NAMES}}
+            | {norm: _percent(of.curve(norm, radii[norm])) for norm in ATTACKS}
+            | {"curves": {norm: _percent(of.curve(norm, axes[norm])) for norm in ATTACKS}}
             for label, (of, texts) in heads.items()
         },
     }
@@ -61,7 +64,7 @@ def _percent(shares: Tensor) -> list[float]:
 
 def format_table(record: dict[str, Any]) -> str:
     """Clean R@1 beside certified R@1, at the radii where the run's own head keeps a half and a quarter of its hits."""
-    columns = [f"{NAMES[norm]} {radius:.3g}" for norm, radii in record["radii"].items() for radius in radii]
+    columns = [f"{NORM_NAMES[norm]} {radius:.3g}" for norm, radii in record["radii"].items() for radius in radii]
     lines = [
         f"{record['data']}, split {record['split']}: {record['images']:,} images as queries, "
         f"{record['captions']:,} captions.",
@@ -89,12 +92,12 @@ def write_figure(record: dict[str, Any], path: Path) -> None:
     figure = new_figure(10, 3.8)
     styles = ((BLACK, "--"), (ORANGE, "-."), (BLUE, "-"))
     for axes, (norm, radii) in zip(
-        figure.subplots(1, len(NAMES), sharey=True), record["curve_radii"].items(), strict=True
+        figure.subplots(1, len(ATTACKS), sharey=True), record["curve_radii"].items(), strict=True
     ):
         for (label, row), (colour, dash) in zip(record["heads"].items(), styles, strict=False):
             axes.plot(radii, row["curves"][norm], dash, color=colour, label=label)
         axes.set(
-            xlabel=f"{NAMES[norm]} radius, standard deviations of the features",
+            xlabel=f"{NORM_NAMES[norm]} radius, standard deviations of the features",
             xlim=(0, radii[-1] or 1),
             ylim=(0, None),
         )

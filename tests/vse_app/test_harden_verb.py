@@ -12,6 +12,7 @@ import colours
 import pytest
 from PIL import Image
 
+from training.robustness.linear.head_training import ATTACKS
 from training.robustness.linear.retrieval_heads import HEAD_OPTIMIZERS, HEAD_REGULARIZERS
 from vse_app import harden_verb
 from vse_app.cli import main
@@ -98,6 +99,7 @@ def test_the_choices_are_those_of_the_library() -> None:
     choices = {action.dest: action.choices for action in verbs.choices["harden"]._actions}
     assert choices["head_optimizer"] == list(HEAD_OPTIMIZERS)
     assert choices["head_regularizer"] == list(HEAD_REGULARIZERS)
+    assert choices["norm"] == list(ATTACKS)
 
 
 @pytest.mark.parametrize(
