@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from training.data.corpus import Corpus
 from training.data.formats import available_splits, load_corpus
-from training.data.images import ImageFile, Quarantine, decode_all
+from training.data.image_folders import Quarantine, decode_all
+from training.data.images import ImageFile
 from training.data.text import split_words
 from training.errors import InputError
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from training.data.batches import Pixels
 from training.data.formats import load_corpus, precomputed
-from training.data.images import ImageTransform
+from training.data.image_transform import ImageTransform
 from training.errors import InputError
 from training.models.config import ImageTowerConfig
 from training.models.features import cached_features

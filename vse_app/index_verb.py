@@ -81,7 +81,7 @@ def _bytes(text: str) -> int:
 def _add(args: argparse.Namespace) -> None:
     from index.gallery import Gallery
     from index.tuning import EXACT_UP_TO
-    from training.data.images import find_images
+    from training.data.image_folders import find_images
     from vse_app.facts import read_facts
     from vse_app.search_engine import SearchEngine
 

@@ -25,7 +25,7 @@ from index.near_duplicates import collapse
 from index.querybank import rescore
 from index.relevance import Relevance, sample
 from index.vector_index import SearchHits
-from training.data.images import Quarantine, decode_all, find_images
+from training.data.image_folders import Quarantine, decode_all, find_images
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
 from vse_app.queries import Query, embed, item_id

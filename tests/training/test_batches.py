@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from training.data.batches import Batch, Features, Pairs, Pixels, ShuffledBatches, Tokens, load_epoch
-from training.data.images import ImageTransform
+from training.data.image_transform import ImageTransform
 from training.data.text import WordTokenizer
 
 OWNER = np.repeat(np.arange(4), 3)

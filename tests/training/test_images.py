@@ -13,18 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as reference
 
-from training.data.images import (
-    ImageFile,
-    ImageTransform,
-    Quarantine,
-    _random_box,
-    decode,
-    decode_all,
-    find_images,
-)
+from training.data.image_folders import Quarantine, decode_all, find_images
+from training.data.image_transform import ImageTransform, _random_box
+from training.data.images import ImageFile, decode
 from training.errors import InputError
 
 
@@ -185,19 +180,51 @@ def test_decompression_bombs_are_refused_by_their_header(
     assert "cannot be decoded" in refusal(tmp_path / "small.png")
 
 
-def test_fingerprints_change_with_the_file_and_survive_a_move(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "x.png"
-    path.parent.mkdir()
-    noise(4, 4).save(path)
+def test_fingerprints_are_of_the_content_alone(tmp_path: Path) -> None:
+    path, copy, other = tmp_path / "a.bmp", tmp_path / "b" / "copy.bmp", tmp_path / "c" / "a.bmp"
+    for where, seed in ((path, 0), (copy, 0), (other, 1)):
+        where.parent.mkdir(exist_ok=True)
+        noise(4, 4, seed).save(where)
+        os.utime(where, ns=(0, 0))  # as an archive unpacks: same size and time whatever is in them
     before = ImageFile(path).fingerprint
     assert ImageFile(path).name == str(path)
     assert np.array_equal(pixels(ImageFile(path).load()), pixels(noise(4, 4)))
-    path.parent.rename(tmp_path / "b")
-    assert ImageFile(tmp_path / "b" / "x.png").fingerprint == before
-    os.utime(tmp_path / "b" / "x.png", ns=(0, 1))
-    assert ImageFile(tmp_path / "b" / "x.png").fingerprint != before
-    with pytest.raises(InputError, match=r"a/x\.png: No such file"):
-        _ = ImageFile(path).fingerprint
+    os.utime(path)
+    assert ImageFile(path).fingerprint == ImageFile(copy).fingerprint == before
+    assert ImageFile(other).fingerprint != before
+    other.replace(path)
+    assert ImageFile(path).fingerprint != before
+    with pytest.raises(InputError, match=r"c/a\.bmp: No such file"):
+        _ = ImageFile(other).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [("jpg", "RGB"), ("jpg", "L"), ("png", "RGBA"), ("png", "P"), ("webp", "RGB")]
+)
+@pytest.mark.parametrize("size", [(640, 400), (400, 640), (30, 20)])
+def test_a_side_shrinks_and_changes_little(tmp_path: Path, suffix: str, mode: str, size: tuple[int, int]) -> None:
+    path = tmp_path / f"x.{suffix}"
+    smooth = noise(8, 5).resize(size, Image.Resampling.BICUBIC)
+    smooth.convert(mode).save(path)
+    whole, small = decode(path), decode(path, side=64)
+    assert max(small.size) == min(64, max(size))
+    whole.thumbnail((64, 64))
+    assert small.size == whole.size
+    assert np.abs(pixels(small) - pixels(whole)).mean() < 2
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise(800, 640).save(tmp_path / "x.jpg")
+    loaded: list[tuple[int, int]] = []
+    load = JpegImageFile.load
+
+    def record(self: JpegImageFile) -> object:
+        loaded.append(self.size)
+        return load(self)
+
+    monkeypatch.setattr(JpegImageFile, "load", record)
+    decode(tmp_path / "x.jpg", side=100)
+    assert max(loaded) == (400, 320)
 
 
 def test_folders_are_walked_in_a_stable_order(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from training.data.corpus import ImageSource
-from training.data.images import ImageTransform
+from training.data.image_transform import ImageTransform
 from training.data.padded import Padded, pad
 from training.data.text import Tokenizer
 

@@ -1,23 +1,29 @@
-"""Picture files: finding them, decoding them safely, and cutting them to the size a model wants."""
+"""Picture files: read once, decoded safely, and brought to upright 8-bit sRGB."""
 
 from __future__ import annotations
 
-import math
+import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+import stat
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from training.errors import InputError
 
+DECODER_VERSION = 2
+"""Grows whenever :func:`decode` gives other pixels for some file, so that what was computed from pixels can be told
+from what would be computed now. 2 converts colour profiles to sRGB."""
 MAX_PIXELS = 178_956_970
 """Pictures with more pixels are refused before decoding (Pillow's own limit for decompression bombs)."""
+MAX_BYTES = 8 * MAX_PIXELS
+"""Larger files are refused before reading: so many pixels take no more, even with 16 bits and transparency."""
 
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,34 +34,59 @@ _TO_UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_CROP_AREA = (0.6, 1.0)
-_CROP_RATIO = (3 / 4, 4 / 3)
-_CROP_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
-_AUGMENTATIONS = ("none", "crop", "crop+flip")
+
+# What they tell of a file is refused or noted here; on a terminal they would print lines of Pillow's source.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded file, and the content that it was decoded from.
+
+    Attributes:
+        image: Upright 8-bit RGB.
+        notes: Every conversion that changed what is seen.
+        sha256: Hex digest of the content.
+        size: Its length in bytes.
+        mtime_ns: The file's time of last change, in nanoseconds since the epoch.
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...]
+    sha256: str
+    size: int
+    mtime_ns: int
 
 
 @cache
-def _raster_formats() -> tuple[str, ...]:
+def raster_formats() -> tuple[str, ...]:
     """Formats Pillow decodes itself; leaves out video, and PostScript, which would start Ghostscript."""
     Image.init()
     return tuple(name for name in Image.OPEN if Image.MIME.get(name, "").startswith("image/"))
 
 
-def decode(path: Path) -> Image.Image:
+def decode(path: Path, side: int | None = None) -> Image.Image:
     """Decodes a picture file to upright 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, CMYK is converted, 16-bit grey is scaled to
     8 bits, and of several frames the first is taken.
 
+    Args:
+        path: The file.
+        side: Shrink the picture to at most so many pixels along its longer side. JPEG is then decoded at 1/2, 1/4 or
+            1/8, whichever leaves at least twice as many, in a fraction of the time and memory.
+
     Raises:
         InputError: If the file is missing, empty, truncated, no picture, of a pixel format without a
             defined range, or has more than :data:`MAX_PIXELS` pixels (found without decoding).
     """
-    return _decode(path)[0]
+    return _decode(_read(path)[0], str(path), MAX_PIXELS, raster_formats(), side)[0]
 
 
-def decode_bytes(data: bytes, name: str, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+def decode_bytes(
+    data: bytes, name: str, max_pixels: int, formats: Sequence[str], side: int | None = None
+) -> Image.Image:
     """Decodes a picture that somebody sent, as :func:`decode` does.
 
     Args:
@@ -63,38 +94,79 @@ def decode_bytes(data: bytes, name: str, max_pixels: int, formats: Sequence[str]
         name: What errors call it.
         max_pixels: More are refused before decoding.
         formats: Names that Pillow gives to the formats that are let in.
+        side: Longest side of the result, see :func:`decode`.
 
     Raises:
         InputError: If it is no such picture, truncated or too large.
     """
     if not data:
         raise InputError(f"{name}: empty file; choose another one")
-    return _open(BytesIO(data), name, max_pixels, formats)[0]
+    return _decode(data, name, max_pixels, formats, side)[0]
 
 
-def _decode(path: Path) -> tuple[Image.Image, list[str]]:
-    """The picture, and a note for every conversion that changes what is seen."""
+def read_picture(path: Path, side: int | None = None) -> Picture:
+    """Decodes a picture file and says which content was decoded; the file is read once.
+
+    Args:
+        path: The file.
+        side: Longest side of the result, see :func:`decode`.
+
+    Raises:
+        InputError: As :func:`decode`, and if the file changed while it was read.
+    """
+    data, status = _read(path)
+    image, notes = _decode(data, str(path), MAX_PIXELS, raster_formats(), side)
+    return Picture(image, tuple(notes), hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns)
+
+
+def _read(path: Path) -> tuple[bytes, os.stat_result]:
+    """The content of a file, and its size and time of change while it had that content."""
     try:
-        if not path.exists():
-            raise InputError(f"{path}: no such file; check the path")
-        if not path.is_file():
-            raise InputError(f"{path}: not a file; name a picture")
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: empty file; replace or remove it")
+        before = path.stat()
+        usable = stat.S_ISREG(before.st_mode) and before.st_size <= MAX_BYTES
+        data = path.read_bytes() if usable else b""
+        after = path.stat()
+    except FileNotFoundError as error:
+        what = "a link to a missing file; mend or remove it" if path.is_symlink() else "no such file; check the path"
+        raise InputError(f"{path}: {what}") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: {error.strerror}; make it readable or leave it out") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; check the path") from error
-    return _open(path, str(path), MAX_PIXELS, _raster_formats())
+    except ValueError as error:  # no file can have such a name
+        raise InputError(f"{str(path)!r}: {error}; check the path") from error
+    if not stat.S_ISREG(before.st_mode):
+        raise InputError(f"{path}: not a file; name a picture")
+    if before.st_size > MAX_BYTES:
+        raise InputError(f"{path}: {before.st_size / 1e9:.1f} GB are too large to read; shrink or remove it")
+    if not data and not after.st_size:
+        raise InputError(f"{path}: empty file; replace or remove it")
+    if len(data) != after.st_size or _identity(before) != _identity(after):
+        raise InputError(f"{path}: changed while it was read; try again when it is complete")
+    return data, after
 
 
-def _open(source: Path | BytesIO, name: str, max_pixels: int, formats: Sequence[str]) -> tuple[Image.Image, list[str]]:
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _decode(
+    data: bytes, name: str, max_pixels: int, formats: Sequence[str], side: int | None
+) -> tuple[Image.Image, list[str]]:
+    """The picture, and a note for every conversion that changes what is seen."""
     try:
-        with Image.open(source, formats=tuple(formats)) as image:
+        with Image.open(BytesIO(data), formats=tuple(formats)) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise Image.DecompressionBombError(f"{width}x{height} pixels, limit {max_pixels}")
             notes = ["several frames: the first is used"] if getattr(image, "is_animated", False) else []
+            if side is not None and image.mode in ("L", "RGB", "CMYK"):
+                image.thumbnail((side, side))  # before loading, so that less is decoded where the format allows it
             image.load()
-            return _to_rgb(image, notes), notes
+            upright = _to_rgb(image, notes)
+        if side is not None:
+            upright.thumbnail((side, side))
+        return upright, notes
     except UnidentifiedImageError as error:
         raise InputError(f"{name}: not a readable picture; convert it to JPEG or PNG, or remove it") from error
     except Image.DecompressionBombError as error:
@@ -142,172 +214,19 @@ class ImageFile:
         """The path."""
         return str(self.path)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """File name, size in bytes and time of last change in ns; survives moving the folder.
+        """SHA-256 of the content, read once for each object; survives moving, renaming and touching the file.
 
         Raises:
-            InputError: If the file is missing.
+            InputError: If the file cannot be read.
         """
         try:
-            status = self.path.stat()
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}; check the path") from error
-        return f"{self.path.name}:{status.st_size}:{status.st_mtime_ns}"
 
     def load(self) -> Image.Image:
         """Decodes the file, see :func:`decode`."""
         return decode(self.path)
-
-
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Lists picture files in a stable order, each once.
-
-    Files named in ``paths`` are always kept. Folders are walked recursively in alphabetical order for
-    files whose suffix belongs to a picture format; hidden files and folders, and links to folders, are
-    skipped.
-
-    Raises:
-        InputError: If a path is missing or a folder cannot be read.
-    """
-    formats = _raster_formats()
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: {error.strerror}; check the folder's permissions") from error
-
-    found: dict[Path, None] = {}
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder; check the path")
-        if not path.is_dir():
-            found[path] = None
-            continue
-        for folder, subfolders, files in os.walk(path, onerror=refuse):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(files):
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                    found[Path(folder, name)] = None
-    return list(found)
-
-
-@dataclass
-class Quarantine:
-    """What happened to files that could not be used, or only after a conversion.
-
-    Attributes:
-        refused: ``(path, reason)`` of files left out.
-        notes: ``(path, conversion)`` of files used after a conversion.
-    """
-
-    refused: list[tuple[Path, str]] = field(default_factory=list)
-    notes: list[tuple[Path, str]] = field(default_factory=list)
-
-    def report(self) -> str:
-        """One line per file, refusals first; empty when there is nothing to say."""
-        lines = [f"refused  {path}: {reason}" for path, reason in self.refused]
-        return "\n".join(lines + [f"note     {path}: {note}" for path, note in self.notes])
-
-    def to_json(self) -> dict[str, list[dict[str, str]]]:
-        """The same as plain lists of ``{"path", "reason"}``, ready for ``json.dump``."""
-        return {
-            kind: [{"path": str(path), "reason": reason} for path, reason in entries]
-            for kind, entries in (("refused", self.refused), ("notes", self.notes))
-        }
-
-
-def decode_all(paths: Iterable[Path], quarantine: Quarantine) -> Iterator[tuple[Path, Image.Image]]:
-    """Decodes the files that can be decoded, in order; the others end in ``quarantine``."""
-    for path in paths:
-        try:
-            image, notes = _decode(path)
-        except InputError as error:
-            quarantine.refused.append((path, str(error).removeprefix(f"{path}: ")))
-            continue
-        quarantine.notes.extend((path, note) for note in notes)
-        yield path, image
-
-
-@dataclass(frozen=True)
-class ImageTransform:
-    """Cuts an RGB image to a square uint8 tensor. Normalisation is the image tower's business.
-
-    Evaluation resizes the shorter side to ``resize`` and takes the central ``size`` x ``size`` pixels.
-    Augmentation takes a random crop (60-100 % of the area, aspect ratio 3:4 to 4:3) resized to ``size``,
-    and with ``"crop+flip"`` mirrors every second one.
-
-    Attributes:
-        size: Side of the result in pixels.
-        resize: Shorter side before the central crop, at least ``size``.
-        interpolation: Resampling filter, ``"bicubic"`` or ``"bilinear"``.
-        augment: What a seeded call does: ``"none"``, ``"crop"`` or ``"crop+flip"``.
-
-    Raises:
-        InputError: On an unknown name, or unless 0 < ``size`` <= ``resize``.
-    """
-
-    size: int
-    resize: int
-    interpolation: str = "bicubic"
-    augment: str = "none"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.size <= self.resize:
-            raise InputError(f"image size {self.size}: must be positive and at most resize={self.resize}")
-        for kind, name, known in (
-            ("interpolation", self.interpolation, _RESAMPLING),
-            ("augmentation", self.augment, _AUGMENTATIONS),
-        ):
-            if name not in known:
-                raise InputError(f"image {kind} {name!r} is unknown; choose from {', '.join(known)}")
-
-    def __call__(self, image: Image.Image, generator_seed: int | None) -> torch.Tensor:
-        """Transforms one image.
-
-        Args:
-            image: RGB, any size from 1x1.
-            generator_seed: Non-negative; the augmentation depends on nothing else. None gives the
-                evaluation view whatever ``augment`` says.
-
-        Returns:
-            uint8 tensor ``(3, size, size)``.
-        """
-        box, mirrored = _central_box(image.width, image.height, self.resize, self.size), False
-        if self.augment != "none" and generator_seed is not None:
-            generator = np.random.default_rng(generator_seed)
-            box = _random_box(image.width, image.height, generator)
-            mirrored = self.augment == "crop+flip" and generator.random() < 0.5
-        # One resampling straight from the box: resizing a 10000x1 image first would take gigabytes.
-        view = image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
-        if mirrored:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous()  # (3, size, size)
-
-
-def _central_box(width: int, height: int, resize: int, size: int) -> tuple[float, float, float, float]:
-    """The part of the original seen by torchvision's ``Resize(resize)`` and ``CenterCrop(size)``."""
-    shorter = min(width, height)
-
-    def span(side: int) -> tuple[float, float]:
-        resized = resize * side // shorter
-        start = round((resized - size) / 2)
-        return start * side / resized, min((start + size) * side / resized, side)
-
-    (left, right), (top, bottom) = span(width), span(height)
-    return left, top, right, bottom
-
-
-def _random_box(width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """The box of a random resized crop, by torchvision's procedure: ten tries, then a central box."""
-    for _ in range(10):
-        area = width * height * generator.uniform(*_CROP_AREA)
-        ratio = math.exp(generator.uniform(*_CROP_LOG_RATIO))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left = int(generator.integers(width - w + 1))
-            top = int(generator.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w = min(width, round(height * _CROP_RATIO[1]))
-    h = min(height, round(width / _CROP_RATIO[0]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h

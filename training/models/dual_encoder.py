@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training.config import from_dict
 from training.data.batches import Inputs, Pixels, Tokens
 from training.data.corpus import ImageSource
-from training.data.images import ImageTransform
+from training.data.image_transform import ImageTransform
 from training.data.text import VOCABULARY_FILE, Tokenizer, WordTokenizer, load_tokenizer
 from training.errors import InputError
 from training.files import replacing_files

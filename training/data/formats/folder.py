@@ -14,7 +14,8 @@ import numpy as np
 
 from training.data.corpus import Corpus
 from training.data.formats.records import find_picture, in_split, member, parse_json, read_text
-from training.data.images import ImageFile, find_images
+from training.data.image_folders import find_images
+from training.data.images import ImageFile
 from training.errors import InputError
 
 _IMAGE_COLUMNS = ("image", "filename", "file", "image_name")
