@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -64,10 +64,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it that are missing; they are on disk, with their names, on return."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+    with suppress(PermissionError):  # a directory that others made may lie where we cannot look
+        sync(path.parent)  # even if it was there: whoever made it may have been killed before this
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Make a directory of files; all of it is on disk on leaving, and none of it if that fails."""
-    path.parent.mkdir(exist_ok=True)
+    make_directory(path.parent)
     shutil.rmtree(path, ignore_errors=True)  # left behind by a crash: nothing that counts has this name yet
     try:
         path.mkdir()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from index import changes
 from index.approximate_index import ApproximateIndex
 from index.errors import GalleryError
-from index.files import locked, sync
+from index.files import locked, make_directory
 from index.filters import Condition
 from index.items import JSON, Item
 from index.manifest import KINDS, NAME, Manifest, Part
@@ -98,14 +98,13 @@ class Gallery:
         except ValueError as error:
             raise GalleryError(f"{directory}: {error}") from error
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             with locked(directory):
                 if cls.exists(directory):
                     raise GalleryError(f"{directory}: is a gallery already; open it or choose another directory")
                 if taken := [kind for kind in KINDS if (directory / kind).exists()]:
                     raise GalleryError(f"{directory}: has {', '.join(taken)} of its own; choose another directory")
                 empty.write(directory)
-                sync(directory.parent)
         except OSError as error:
             raise GalleryError(f"{directory}: {error.strerror}; choose a directory that can be written") from error
         return cls(directory, writable=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from training.errors import InputError
-from training.files import replacing
+from training.files import recover, replacing
 
 
 def save_state(path: Path, tensors: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> None:
@@ -32,6 +32,7 @@ def save_state(path: Path, tensors: dict[str, dict[str, Tensor]], record: dict[s
     if torch.cuda.is_available():
         flat["random/cuda"] = torch.cuda.get_rng_state()
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in flat.items()}
+    recover(path.parent)
     with replacing(path) as temporary:
         temporary.write_bytes(save(contiguous, metadata={"record": json.dumps(record)}))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from training.errors import InputError
+from training.files import sync
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -36,14 +38,28 @@ class RunLog:
                 if isinstance(value, float):
                     self._writer.add_scalar(f"{record['kind']}/{name}", value, step)
 
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._file.stat().st_size if self._file.exists() else 0
+    def sync(self) -> int:
+        """Put on disk what is written so far; returns its bytes."""
+        if not self._file.exists():
+            return 0
+        sync(self._file)
+        sync(self._file.parent)
+        return self._file.stat().st_size
 
     def cut(self, size: int) -> None:
-        """Forget what came after so many bytes: a resumed run writes it again."""
+        """Forget what came after so many bytes: a resumed run writes it again.
+
+        Of a log that ends earlier or is damaged the whole records before that are kept; stderr says what is lost.
+        """
+        written = self._file.read_bytes()[:size] if self._file.exists() else b""
+        kept = written
+        if len(written) < size or b"\0" in written:
+            intact = written.partition(b"\0")[0]
+            kept = intact[: intact.rfind(b"\n") + 1]
+            lost = size - len(kept)
+            print(f"{self._file}: its last {lost:,} bytes are lost; the log goes on without them", file=sys.stderr)
         if self._file.exists():
-            os.truncate(self._file, size)
+            os.truncate(self._file, len(kept))
 
     def close(self) -> None:
         """Flush the events."""

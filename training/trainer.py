@@ -26,7 +26,7 @@ from training.data.formats import load_corpus
 from training.data.text import HubTokenizer, Tokenizer, WordTokenizer
 from training.errors import InputError
 from training.evaluation.protocols import evaluate
-from training.files import write_text
+from training.files import file_sha256, recover, write_text
 from training.gradient_sampling import GradientSampling, factored_layers
 from training.losses import CollapseDetector, Curriculum, InfoNCE, Loss, SigmoidLoss, SumOfHinges
 from training.model_card import model_card
@@ -117,9 +117,11 @@ class Trainer:
                 raise InputError(f"{config.data}: its pairs are drawn by their weights; leave out --sampler")
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self._weights: str | None = None
         self.validations_since_best = 0
         self.seconds = 0.0
         self._started = time.monotonic()
+        recover(self.out)
         self._log = RunLog(self.out, config.tensorboard)
         if resume:
             self._restore()
@@ -280,7 +282,8 @@ class Trainer:
         if better:
             self.best = record
             card = model_card(self.config, record, self.step, self._elapsed(), len(self.train_corpus))
-            self.model.save_pretrained(self.out, card)
+            self.model.save_pretrained(self.out, card)  # on disk before the state that calls it the best
+            self._weights = file_sha256(self.out / WEIGHTS_FILE)
         self.model.train()
 
     def _out_of_patience(self) -> bool:
@@ -305,7 +308,8 @@ class Trainer:
             "best": self.best,
             "validations_since_best": self.validations_since_best,
             "detector": self.detector.state_dict(),
-            "metrics_bytes": self._log.size(),
+            "weights": self._weights,
+            "metrics_bytes": self._log.sync(),
             "seconds": self._elapsed(),
         }
         save_state(self.out / STATE_FILE, tensors, record)
@@ -327,6 +331,15 @@ class Trainer:
         self.validations_since_best = record["validations_since_best"]
         self.seconds = record["seconds"]
         self._log.cut(record["metrics_bytes"])
+        self._weights = record.get("weights")
+        if self._weights not in (None, file_sha256(self.out / WEIGHTS_FILE)):
+            self._forget_best()
+
+    def _forget_best(self) -> None:
+        """The weights beside the state are not those that it calls the best; the next validation writes them anew."""
+        if self.step >= self.total_steps or self._out_of_patience():
+            raise InputError(f"{self.out / WEIGHTS_FILE}: not the weights that the run wrote; restore the file")
+        self.best = None
 
     def _stop_on_nan(self, batch: Batch, value: float, norm: float) -> None:
         captions = [self.train_corpus.caption_ids[i] for i in batch.pairs]

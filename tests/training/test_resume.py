@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import assert_same_run, before_step, with_loss, with_optim
+from tiny_runs import assert_same_run, before_step, metrics, with_loss, with_optim
 
 from training.checkpoint import load_state
 from training.config import Config, LossConfig, OptimConfig, read_toml
@@ -169,3 +170,44 @@ def test_a_full_disk_leaves_the_previous_state_and_ends_in_one_line(
     assert "File too large" in error
     assert load_state(state)[1]["step"] == 3
     assert list(state.parent.iterdir()) == [state]
+
+
+@pytest.mark.parametrize("damage", ["shorter", "zeros", "gone", "longer"])
+def test_a_damaged_log_is_kept_up_to_its_last_whole_record(
+    damage: str, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(config).fit(epochs=1)
+    log = Path(config.out) / "metrics.jsonl"
+    whole = log.read_bytes()
+    damaged = {"shorter": whole[:-30], "zeros": whole[:-30] + bytes(30), "longer": whole + bytes(9)}
+    if damage == "gone":
+        log.unlink()
+    else:
+        log.write_bytes(damaged[damage])
+    Trainer(config, resume=True)
+    kept = log.read_bytes() if log.exists() else b""
+    said = capsys.readouterr().err
+    if damage == "longer":
+        assert (kept, said) == (whole, "")
+    else:
+        assert kept == (whole[: whole[:-30].rfind(b"\n") + 1] if damage != "gone" else b"")
+        assert said == f"{log}: its last {len(whole) - len(kept):,} bytes are lost; the log goes on without them\n"
+    Trainer(config, resume=True).fit()
+    for line in log.read_text(encoding="utf-8").splitlines():
+        json.loads(line)
+
+
+def test_weights_of_another_moment_than_the_state_are_not_called_the_best(config: Config) -> None:
+    run = Trainer(config)
+    run.fit(epochs=1)
+    with torch.no_grad():
+        next(run.model.parameters()).zero_()
+    run.model.save_pretrained(config.out)
+    resumed = Trainer(config, resume=True)
+    assert resumed.best is None
+    best = resumed.fit()
+    log = [record for record in metrics(Path(config.out)) if record["kind"] == "validation"]
+    assert best.items() <= log[-1].items(), "the best of what was validated since"
+    (Path(config.out) / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors: not the weights that the run wrote"):
+        Trainer(config, resume=True)

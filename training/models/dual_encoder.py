@@ -22,7 +22,7 @@ from training.data.corpus import ImageSource
 from training.data.image_transform import ImageTransform
 from training.data.text import VOCABULARY_FILE, Tokenizer, WordTokenizer, load_tokenizer
 from training.errors import InputError
-from training.files import replacing_files
+from training.files import current_files, replacing_files
 from training.models.config import ModelConfig
 from training.models.hub import checksum, locate, unavailable
 from training.models.image_tower import PixelBackbone, build_image_backbone
@@ -263,7 +263,7 @@ class _Ready:
 
 def _download(name: str) -> Path:
     if Path(name).exists():
-        return Path(name)
+        return current_files(Path(name))
     where = locate(name)
     if where != name:
         return Path(where)
