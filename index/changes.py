@@ -21,15 +21,14 @@ from index.errors import GalleryError
 from index.files import check_directory, new_directory
 from index.items import Item
 from index.manifest import KINDS, Manifest, Part, SegmentPart
+from index.merge_policy import packed, runs_to_merge
 from index.segment import merge_segments, records, write_segment
 from index.snapshot import Snapshot
 
 MERGE_AT = 8
-"""So many neighbouring segments of about a size become one, so there are few and each row is copied seldom."""
+"""So many neighbouring segments of a size class become one, so there are few and each row is copied seldom."""
 MERGED_BYTES = 1 << 29
 """No merge makes a segment of more bytes of vectors than this, so none takes long."""
-_SMALLEST = 64
-"""Segments of fewer rows count as of one size."""
 
 
 def added(snapshot: Snapshot, items: Sequence[Item], vectors: NDArray[np.float32]) -> Manifest:
@@ -75,37 +74,16 @@ def removed(snapshot: Snapshot, ids: NDArray[np.int64], state: Manifest | None =
 
 
 def merged(snapshot: Snapshot) -> Manifest:
-    """With the newest segments merged if there are many of a size.
-
-    Sizes are powers of :data:`MERGE_AT`, as in a log-structured merge tree: a row is copied once per size.
-    """
-    limit = _row_limit(snapshot)
+    """With segments merged if there are many of a size; see :mod:`index.merge_policy`."""
     rows = [part.live for part in snapshot.manifest.segments]
-    size = _SMALLEST
-    while size <= limit:
-        start, total = len(rows), 0
-        while start > 0 and rows[start - 1] <= size and total + rows[start - 1] <= limit:
-            start -= 1
-            total += rows[start]
-        if len(rows) - start >= MERGE_AT:
-            return _merge_run(snapshot, snapshot.manifest, slice(start, len(rows)))
-        size *= MERGE_AT
-    return snapshot.manifest
+    return _merge(snapshot, runs_to_merge(rows, _row_limit(snapshot), MERGE_AT))
 
 
 def compacted(snapshot: Snapshot) -> Manifest:
     """With all segments merged as far as the size limit goes, and no removed row left."""
-    limit, state = _row_limit(snapshot), snapshot.manifest
-    stop = len(snapshot.segments)
-    while stop > 0:  # from the end, so that the places of earlier segments stay what they are
-        start, rows = stop - 1, snapshot.segments[stop - 1].part.live
-        while start > 0 and rows + snapshot.segments[start - 1].part.live <= limit:
-            start -= 1
-            rows += snapshot.segments[start].part.live
-        if stop - start > 1 or snapshot.segments[start].part.removed:
-            state = _merge_run(snapshot, state, slice(start, stop))
-        stop = start
-    return state
+    parts = snapshot.manifest.segments
+    runs = packed([part.live for part in parts], _row_limit(snapshot))
+    return _merge(snapshot, [run for run in runs if run.stop - run.start > 1 or parts[run.start].removed])
 
 
 def with_part(snapshot: Snapshot, kind: Literal["index", "calibration"], write: Callable[[Path], None]) -> Manifest:
@@ -174,11 +152,15 @@ def leftovers(directory: Path, current: Manifest) -> list[Path]:
     return found
 
 
-def _merge_run(snapshot: Snapshot, state: Manifest, run: slice) -> Manifest:
-    name = f"segments/{state.next_part:09d}"
-    segment = merge_segments(snapshot.directory, name, snapshot.segments[run])
-    segments = (*state.segments[: run.start], segment, *state.segments[run.stop :])
-    return _with(replace(state, next_part=state.next_part + 1), segments)
+def _merge(snapshot: Snapshot, runs: Sequence[slice]) -> Manifest:
+    """With each of these runs of segments, in their order, as one."""
+    state = snapshot.manifest
+    for run in reversed(runs):  # so that the places of earlier segments stay what they are
+        name = f"segments/{state.next_part:09d}"
+        segment = merge_segments(snapshot.directory, name, snapshot.segments[run])
+        segments = (*state.segments[: run.start], segment, *state.segments[run.stop :])
+        state = _with(replace(state, next_part=state.next_part + 1), segments)
+    return state
 
 
 def _with(state: Manifest, segments: tuple[SegmentPart, ...]) -> Manifest:
@@ -186,4 +168,4 @@ def _with(state: Manifest, segments: tuple[SegmentPart, ...]) -> Manifest:
 
 
 def _row_limit(snapshot: Snapshot) -> int:
-    return max(_SMALLEST, MERGED_BYTES // (4 * snapshot.manifest.dim))
+    return max(1, MERGED_BYTES // (4 * snapshot.manifest.dim))

@@ -378,7 +378,7 @@ def main() -> None:
     faiss.omp_set_num_threads(1)
     watch()
     prepare(folder / "pristine")
-    changes.MERGE_AT, changes._SMALLEST, galleries.REFILL_AT = 3, 4, (3, 0.1)
+    changes.MERGE_AT, galleries.REFILL_AT = 3, (3, 0.1)
     run = {
         "deaths": deaths,
         "full once": lambda directory: full(directory, False),

@@ -20,6 +20,7 @@ from index.approximate_index import ApproximateIndex
 from index.errors import GalleryError
 from index.gallery import Gallery
 from index.items import Item
+from index.manifest import SegmentPart
 from index.verification import verify
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(index.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -262,12 +263,11 @@ def test_an_added_item_is_acknowledged_though_merging_fails(gallery: Gallery, mo
         assert gallery.add([item("b")], vectors(1, 1)).tolist() == [2]
     assert [one.path for _, one in gallery.items()] == ["a", "b"]
     assert len(gallery.snapshot.segments) == 2
-    gallery.add([item("c")], vectors(2, 1))
+    gallery.add([item("c"), item("d")], vectors(2, 2))
     assert len(gallery.snapshot.segments) == 1
 
 
 def test_segments_stay_few(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "_SMALLEST", 1)
     monkeypatch.setattr(changes, "MERGE_AT", 4)
     monkeypatch.setattr(changes, "MERGED_BYTES", 40 * 4 * DIM)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -281,6 +281,20 @@ def test_segments_stay_few(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) ->
     rows = [part.rows for part in gallery.snapshot.manifest.segments]
     assert rows == [35]
     assert not verify(gallery.directory).problems
+
+
+def test_additions_write_little_more_than_themselves(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "MERGED_BYTES", 4096 * 4 * DIM)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    gallery.add([item(f"old {n}") for n in range(3000)], vectors(0, 3000))
+    written: list[SegmentPart] = []
+    for name in ("write_segment", "merge_segments"):
+        real = getattr(changes, name)
+        monkeypatch.setattr(changes, name, lambda *given, real=real: written.append(part := real(*given)) or part)
+    for n in range(64):
+        gallery.add([item(f"{n} {m}") for m in range(1 + n % 2)], vectors(n, 1 + n % 2))
+    assert sum(part.rows for part in written) <= 4 * 96  # a copy for each class up to 96 rows
+    assert max(part.rows for part in written) <= 96
 
 
 @pytest.mark.parametrize("factory", [None, "IVF2,Flat", "HNSW8"])

@@ -43,17 +43,15 @@ class GalleryAgainstDictionary(RuleBasedStateMachine):
         metric=st.sampled_from(["cosine", "cosine", "order"]),
         merge_at=st.sampled_from([2, 3, 8]),
         rows=st.sampled_from([4, 16, 1 << 20]),
-        smallest=st.sampled_from([2, 64]),
         refill=st.sampled_from([(1, 0.1), (5, 0.5), (10_000, 0.1)]),
         exact_among=st.sampled_from([0, 4, 10_000]),
     )
     def begin(
-        self, metric: str, merge_at: int, rows: int, smallest: int, refill: tuple[int, float], exact_among: int
+        self, metric: str, merge_at: int, rows: int, refill: tuple[int, float], exact_among: int
     ) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(changes, "MERGE_AT", merge_at)
         self.patch.setattr(changes, "MERGED_BYTES", rows * 4 * DIM)
-        self.patch.setattr(changes, "_SMALLEST", smallest)
         self.patch.setattr(galleries, "REFILL_AT", refill)
         self.patch.setattr(searcher, "EXACT_AMONG", exact_among)
         self.folder = tempfile.TemporaryDirectory()
