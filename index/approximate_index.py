@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from index.errors import GalleryError
 from index.segment import map_array, save_array
-from index.vector_index import SearchHits, as_queries, as_rows, no_hits
+from index.vector_index import SearchHits, as_queries, as_rows, gathered, is_among, no_hits, selector
 
 INDEX, IDS, PARAMETERS = "index.faiss", "ids.npy", "parameters.json"
 _PARAMETERS = {"nprobe", "efSearch", "k_factor"}
-
+_SCOPES = 8
+"""So many lists of allowed ids are remembered: whoever filters asks for the same again and again."""
 
 _swig: Any = faiss  # its type stubs lack what is used below
 
@@ -52,7 +53,7 @@ class ApproximateIndex:
     @parameters.setter
     def parameters(self, parameters: Mapping[str, int]) -> None:
         self._parameters = dict(parameters)
-        self._usual: _Scope | None = None
+        self._scopes: list[tuple[NDArray[np.int64] | None, _Scope]] = []
 
     @property
     def dim(self) -> int:
@@ -98,7 +99,7 @@ class ApproximateIndex:
         self.ids = np.concatenate([self.ids, ids])
         self._alive = np.concatenate([self._alive, np.ones(len(ids), bool)])
         self._live += len(ids)
-        self._usual = None
+        self._scopes = []
 
     def remove(self, ids: NDArray[np.int64]) -> int:
         """Pass over these ids from now on; returns how many were here."""
@@ -106,7 +107,7 @@ class ApproximateIndex:
         before = self._live
         self._alive[positions] = False
         self._live = int(np.count_nonzero(self._alive))
-        self._usual = None
+        self._scopes = []
         return before - self._live
 
     def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
@@ -116,13 +117,7 @@ class ApproximateIndex:
         a row may still end in -1 before all that are allowed are found.
         """
         queries = as_queries(queries, self.dim, k)
-        if allowed is None:
-            scope = self._usual = self._usual or self._scope(self._alive)
-        else:
-            chosen = np.zeros(len(self.ids), bool)
-            positions = self._positions(allowed)
-            chosen[positions] = self._alive[positions]
-            scope = self._scope(chosen)
+        scope = self._scope_of(allowed)
         if not scope.allowed:
             return no_hits(len(queries), k)
         scores, positions = self.faiss.search(queries, k, params=scope.parameters)
@@ -130,6 +125,25 @@ class ApproximateIndex:
         if positions.min() < 0:
             scores[positions < 0], ids[positions < 0] = -np.inf, -1
         return SearchHits(scores, ids)
+
+    def count(self, allowed: NDArray[np.int64]) -> int:
+        """How many of these ids, int64 ``(M,)``, a search can find."""
+        return self._scope_of(allowed).allowed
+
+    def held(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the ids, int64 ``(M,)``, that are here and not removed, each once and ascending."""
+        positions = self._positions(ids)
+        return np.unique(self.ids[positions[self._alive[positions]]])
+
+    def blocks(self, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]] | None:
+        """These ids, int64 ``(M,)``, all of them here, with their vectors; None if those are kept in no such form."""
+        refined = isinstance(self.faiss, faiss.IndexRefine)
+        flat: Any = self.faiss.refine_index if refined else getattr(self._base, "storage", None)
+        flat = flat and faiss.downcast_index(flat)
+        if not isinstance(flat, faiss.IndexFlat):
+            return None
+        rows = _swig.rev_swig_ptr(flat.get_xb(), flat.ntotal * self.dim).reshape(-1, self.dim)
+        return gathered(ids, rows, self._positions(ids))
 
     def refill(
         self, count: int, blocks: Callable[[], Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]]
@@ -144,7 +158,7 @@ class ApproximateIndex:
             blocks: Gives ids int64 ``(B,)`` and vectors float32 ``(B, D)``, in ascending order of id.
         """
         self.faiss.reset()
-        self.ids, self._alive, self._live, self._usual = np.empty(0, np.int64), np.empty(0, bool), 0, None
+        self.ids, self._alive, self._live, self._scopes = np.empty(0, np.int64), np.empty(0, bool), 0, []
         self._reserve(count)
         if not isinstance(self.faiss, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer):
             for ids, vectors in blocks():
@@ -229,6 +243,16 @@ class ApproximateIndex:
         found: NDArray[np.intp] = positions[self.ids[positions] == ids]
         return found
 
+    def _scope_of(self, allowed: NDArray[np.int64] | None) -> _Scope:
+        for known, scope in self._scopes:
+            if known is allowed:
+                return scope
+        alive = self._alive if allowed is None else self._alive & is_among(self.ids, np.asarray(allowed, np.int64))
+        scope = self._scope(alive)
+        if allowed is None or not allowed.flags.writeable:  # or else its elements may be others the next time
+            self._scopes = [(allowed, scope), *self._scopes[: _SCOPES - 1]]
+        return scope
+
     def _scope(self, alive: NDArray[np.bool_]) -> _Scope:
         """What FAISS needs for a search among some positions, bool ``(N,)``.
 
@@ -239,8 +263,7 @@ class ApproximateIndex:
         chosen: dict[str, Any] = {}
         bitmap = None
         if count < len(alive):
-            bitmap = np.packbits(alive, bitorder="little")
-            chosen["sel"] = faiss.IDSelectorBitmap(len(bitmap), faiss.swig_ptr(bitmap))
+            chosen["sel"], bitmap = selector(alive)
         nprobe, width = self._parameters.get("nprobe"), self._parameters.get("efSearch")
         if nprobe is not None:
             kind = _swig.IVFSearchParameters

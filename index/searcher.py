@@ -86,23 +86,25 @@ class Searcher:
             return self.index.search(vectors, k, allowed)
         possible = len(self.index)
         if allowed is not None:
-            allowed = np.intersect1d(allowed, self.index.live_ids())
-            possible = len(allowed)
-            if possible <= max(EXACT_AMONG, len(self.index) // 50):
-                return self._exhaustive(vectors, k, allowed)
+            few = max(EXACT_AMONG, possible // 50)
+            if len(allowed) <= few or (possible := self.index.count(allowed)) <= few:
+                return self._exhaustive(vectors, k, self.index.held(allowed))
         hits = self.index.search(vectors, k, allowed)
         if hits.ids.min(initial=0) >= 0:
             return hits
         # A graph may run dry, and the lists visited may hold too few: then there is only the long way.
         short = np.flatnonzero((hits.ids >= 0).sum(axis=1) < min(k, possible))
         if len(short):
-            found = self._exhaustive(vectors[short], k, allowed)
+            found = self._exhaustive(vectors[short], k, None if allowed is None else self.index.held(allowed))
             hits.scores[short], hits.ids[short] = found.scores, found.ids
         return hits
 
-    def _exhaustive(self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None) -> SearchHits:
+    def _exhaustive(self, vectors: NDArray[np.float32], k: int, among: NDArray[np.int64] | None) -> SearchHits:
         queries = as_queries(vectors, self.index.dim, k)
-        return search_blocks(queries, k, self._snapshot.blocks(among=allowed))
+        blocks = None
+        if isinstance(self.index, ApproximateIndex) and among is not None:
+            blocks = self.index.blocks(among)  # in memory, if it keeps whole vectors
+        return search_blocks(queries, k, blocks or self._snapshot.blocks(among=among))
 
     def _load(self) -> VectorIndex:
         state = self._snapshot.manifest

@@ -116,8 +116,11 @@ class Snapshot:
             return
         for segment in self.segments:
             for ids, vectors in segment.blocks(after):
-                wanted = slice(None) if among is None else np.isin(ids, among)
-                yield ids[wanted], vectors[wanted]
+                if among is not None:
+                    start, stop = np.searchsorted(among, [ids[0], ids[-1] + 1])
+                    wanted = np.isin(ids, among[start:stop], assume_unique=True)
+                    ids, vectors = ids[wanted], vectors[wanted]
+                yield ids, vectors
 
     def vectors(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """The vectors of these ids.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import faiss
 import numpy as np
@@ -14,6 +14,16 @@ from index.errors import GalleryError
 
 _BLOCK_ELEMENTS = 1 << 18
 """Gallery elements that an order scan handles at once: 1 MiB of float32, so temporaries stay in cache."""
+_GATHERED = 1 << 22
+"""Elements of vectors that are copied side by side at once: 16 MiB."""
+_FEW = 8
+"""Where less than one in so many vectors is allowed, copying those takes less time than passing over the others."""
+_ROOM = 10_000
+"""Vectors that fit in besides those that an index is made for, at least."""
+_SPARSE = 16
+"""Ids that span more than so many times their number are looked up by sorting."""
+
+_swig: Any = faiss  # its type stubs lack what is used below
 
 
 class SearchHits(NamedTuple):
@@ -139,32 +149,63 @@ def search_blocks(
     return best
 
 
-class _FlatIndex:
-    """Uncompressed vectors in row order; what :class:`ExactIndex` and :class:`OrderIndex` have in common."""
+def is_among(ids: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """As :func:`numpy.isin`, bool ``(N,)``, but without sorting where the ids, int64 ``(N,)``, lie close together."""
+    if not len(ids):
+        return np.zeros(0, bool)
+    first, last = int(ids.min()), int(ids.max())
+    if last - first > _SPARSE * len(ids):
+        return np.isin(ids, wanted)
+    table = np.zeros(last - first + 1, bool)
+    table[wanted[(wanted >= first) & (wanted <= last)] - first] = True
+    return table[ids - first]
 
-    _faiss_metric: ClassVar[int]
+
+def selector(chosen: NDArray[np.bool_]) -> tuple[Any, NDArray[np.uint8]]:
+    """FAISS' selector of the rows that are chosen, bool ``(N,)``, and the bitmap to which it points."""
+    bitmap = np.packbits(chosen, bitorder="little")
+    return _swig.IDSelectorBitmap(len(bitmap), _swig.swig_ptr(bitmap)), bitmap
+
+
+def gathered(
+    ids: NDArray[np.int64], rows: NDArray[np.float32], places: NDArray[np.intp]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Ids, int64 ``(M,)``, and their vectors ``rows[places]`` in blocks of bounded size."""
+    step = max(1, _GATHERED // rows.shape[1])
+    for start in range(0, len(ids), step):
+        yield ids[start : start + step], rows[places[start : start + step]]
+
+
+class _FlatIndex:
+    """Uncompressed vectors in row order; what :class:`ExactIndex` and :class:`OrderIndex` have in common.
+
+    Args:
+        dim: Dimensions of a vector.
+        capacity: So many vectors, and an eighth more, can be added without moving those that are here.
+    """
 
     def __init__(self, dim: int, capacity: int = 0) -> None:
-        flat = faiss.IndexFlat(dim, self._faiss_metric)
-        # Room for as many vectors: growing step by step would copy them, and need twice their memory meanwhile.
-        flat.codes.resize(capacity * flat.code_size)
-        flat.codes.resize(0)
-        self._index: Any = faiss.IndexIDMap(flat)
+        self._dim = dim
+        # Room takes no memory until something is written to it.
+        room = capacity + max(_ROOM, capacity // 8)
+        self._all_rows = np.empty((room, dim), np.float32)
+        self._all_ids = np.empty(room, np.int64)
+        self._count = 0
         self._last_id = 0
 
     @property
     def dim(self) -> int:
-        return int(self._index.d)
+        return self._dim
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        return self._count
 
     @property
     def last_id(self) -> int:
         return self._last_id
 
     def live_ids(self) -> NDArray[np.int64]:
-        return np.sort(self._ids())
+        return np.sort(self._ids)
 
     def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         ids = np.ascontiguousarray(ids, dtype=np.int64)
@@ -174,36 +215,39 @@ class _FlatIndex:
         unique, counts = np.unique(ids, return_counts=True)
         refused = unique[(unique < 0) | (counts > 1)]
         if not len(refused) and len(ids) and unique[0] <= self._last_id:
-            refused = unique[np.isin(unique, self._ids())]
+            refused = unique[is_among(unique, self._ids)]
         if len(refused):
             raise GalleryError(f"id {refused[0]} is negative or taken; remove the old vector or use a new id")
-        self._index.add_with_ids(rows, ids)
+        count = self._count + len(ids)
+        if count > len(self._all_ids):
+            # In place where the system can move pages: a copy would need the memory of all vectors once more.
+            self._all_rows.resize((count + count // 8, self.dim), refcheck=False)
+            self._all_ids.resize(count + count // 8, refcheck=False)
+        self._all_rows[self._count : count] = rows
+        self._all_ids[self._count : count] = ids
+        self._count = count
         self._last_id = max([self._last_id, *unique[-1:].tolist()])
 
     def remove(self, ids: NDArray[np.int64]) -> int:
-        held = self._ids().copy()
-        gone = np.isin(held, ids)
-        kept = len(held) - int(gone.sum())
-        # The last rows fill the gaps: closing them up, as FAISS does, would move almost everything.
+        gone = is_among(self._ids, ids)
+        kept = self._count - int(gone.sum())
+        # The last rows fill the gaps: closing them up would move almost everything.
         gaps, last = np.flatnonzero(gone[:kept]), kept + np.flatnonzero(~gone[kept:])
-        self._rows()[gaps] = self._rows()[last]
-        held[gaps] = held[last]
-        flat: Any = faiss.downcast_index(self._index.index)
-        flat.codes.resize(kept * flat.code_size)
-        faiss.copy_array_to_vector(held[:kept], self._index.id_map)
-        flat.ntotal = self._index.ntotal = kept
-        return len(held) - kept
+        self._all_rows[gaps] = self._all_rows[last]
+        self._all_ids[gaps] = self._all_ids[last]
+        removed = self._count - kept
+        self._count = kept
+        return removed
 
+    @property
     def _ids(self) -> NDArray[np.int64]:
         """Ids in row order, int64 ``(N,)``."""
-        ids: NDArray[np.int64] = faiss.vector_to_array(self._index.id_map)
-        return ids
+        return self._all_ids[: self._count]
 
+    @property
     def _rows(self) -> NDArray[np.float32]:
-        """The vectors themselves, float32 ``(N, D)``: a view that lasts until the next add or remove."""
-        flat: Any = faiss.downcast_index(self._index.index)
-        rows: NDArray[np.float32] = faiss.rev_swig_ptr(flat.get_xb(), len(self) * self.dim)
-        return rows.reshape(-1, self.dim)
+        """The vectors themselves, float32 ``(N, D)``: a view that lasts until the next add."""
+        return self._all_rows[: self._count]
 
 
 class ExactIndex(_FlatIndex):
@@ -212,17 +256,21 @@ class ExactIndex(_FlatIndex):
     Equal scores come lower id first; which of several that tie for the last place are kept is left open.
     """
 
-    _faiss_metric = faiss.METRIC_INNER_PRODUCT
-
     def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
         """Find the vectors of largest inner product; see :meth:`VectorIndex.search`."""
         queries = as_queries(queries, self.dim, k)
-        parameters: Any = faiss.SearchParameters()
-        selector = None if allowed is None else faiss.IDSelectorBatch(np.asarray(allowed, np.int64))
-        parameters.sel = selector
-        scores, ids = self._index.search(queries, k, params=parameters)
-        scores[ids < 0] = -np.inf
-        return in_order(scores, ids)
+        chosen = None if allowed is None else is_among(self._ids, np.asarray(allowed, np.int64))
+        if chosen is not None and np.count_nonzero(chosen) * _FEW < len(self):
+            places = np.flatnonzero(chosen)
+            return search_blocks(queries, k, gathered(self._ids[places], self._rows, places))
+        found = no_hits(len(queries), k)
+        picked, _bitmap = (None, None) if chosen is None else selector(chosen)
+        asked, held, scores, places = (_swig.swig_ptr(array) for array in (queries, self._rows, *found))
+        _swig.knn_inner_product(asked, held, self.dim, len(queries), len(self), k, scores, places, picked)
+        missing = found.ids < 0
+        found.ids[~missing] = self._ids[found.ids[~missing]]
+        found.scores[missing] = -np.inf
+        return in_order(*found)
 
 
 class OrderIndex(_FlatIndex):
@@ -233,14 +281,11 @@ class OrderIndex(_FlatIndex):
     id. Besides the hits, a search needs memory for one score per vector and one block of the gallery.
     """
 
-    # The scan below has its own similarity; FAISS only keeps the rows.
-    _faiss_metric = faiss.METRIC_L2
-
     def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None) -> SearchHits:
         """Find the images that lie furthest above each caption; see :meth:`VectorIndex.search`."""
         queries = as_queries(queries, self.dim, k)
-        ids = self._ids()
-        chosen = None if allowed is None else np.flatnonzero(np.isin(ids, allowed))
+        ids = self._ids
+        chosen = None if allowed is None else np.flatnonzero(is_among(ids, allowed))
         ids = ids if chosen is None else ids[chosen]
         hits = no_hits(len(queries), k)
         squared = np.empty(len(ids), np.float32)
@@ -256,7 +301,7 @@ class OrderIndex(_FlatIndex):
 
     def _blocks(self, chosen: NDArray[np.intp] | None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Chosen rows of the gallery, a cacheful ``(B, D)`` at a time, and where they stand among them."""
-        gallery = self._rows()
+        gallery = self._rows
         step = max(1, _BLOCK_ELEMENTS // self.dim)
         for start in range(0, len(gallery) if chosen is None else len(chosen), step):
             rows = slice(start, start + step)

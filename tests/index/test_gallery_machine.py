@@ -46,9 +46,7 @@ class GalleryAgainstDictionary(RuleBasedStateMachine):
         refill=st.sampled_from([(1, 0.1), (5, 0.5), (10_000, 0.1)]),
         exact_among=st.sampled_from([0, 4, 10_000]),
     )
-    def begin(
-        self, metric: str, merge_at: int, rows: int, refill: tuple[int, float], exact_among: int
-    ) -> None:
+    def begin(self, metric: str, merge_at: int, rows: int, refill: tuple[int, float], exact_among: int) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(changes, "MERGE_AT", merge_at)
         self.patch.setattr(changes, "MERGED_BYTES", rows * 4 * DIM)
