@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,16 @@ def save_state(path: Path, tensors: dict[str, dict[str, Tensor]], record: dict[s
         temporary.write_bytes(save(contiguous, metadata={"record": json.dumps(record)}))
 
 
+def load_record(path: Path) -> dict[str, Any]:
+    """The JSON record alone of what :func:`save_state` wrote.
+
+    Raises:
+        InputError: If there is no state or the file is damaged.
+    """
+    with _reading(path) as file:
+        return _record(file)
+
+
 def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read what :func:`save_state` wrote and restore the random states.
 
@@ -44,21 +56,33 @@ def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
         InputError: If there is no state or the file is damaged.
     """
     groups: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                group, _, name = key.partition("/")
-                groups.setdefault(group, {})[name] = file.get_tensor(key)
-            record: dict[str, Any] = json.loads((file.metadata() or {})["record"])
-        random = groups.pop("random")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no state to resume from; start again with another --out") from None
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise InputError(f"{path}: damaged ({error}); start again with another --out") from None
+    with _reading(path) as file:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            group, _, name = key.partition("/")
+            groups.setdefault(group, {})[name] = file.get_tensor(key)
+        record, random = _record(file), groups.pop("random")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
     return groups, record
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f"{path}: no state to resume from; start again with another --out") from None
+    except (SafetensorError, LookupError, ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: damaged ({error}); start again with another --out") from None
+
+
+def _record(file: Any) -> dict[str, Any]:
+    record = json.loads((file.metadata() or {})["record"])
+    if not isinstance(record, dict):
+        raise ValueError("its record is no JSON object")
+    return record
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -243,6 +243,9 @@ _LEAST = {
 }
 
 
+_FREE = ("data", "out", "workers", "checkpoint_every", "patience", "tensorboard")  # for a resumed run to change
+
+
 def check_ranges(config: Config) -> None:
     """Refuse numbers that no run can have; losses and transforms check their own.
 
@@ -261,6 +264,24 @@ def check_ranges(config: Config) -> None:
         raise InputError(f"clusters.mix = {mix!r} must be at most 1")
     if config.sampler == "importance" and mix == 0:
         raise InputError("clusters.mix = 0: pairs without a gradient would never be drawn again; take 0.2")
+
+
+def changed_course(saved: Config, wanted: Config) -> str | None:
+    """The first setting that a run cannot change when it is resumed, as :func:`difference` says it; None if none.
+
+    It may change where its files lie, what only speeds it up or watches it, and when it ends, unless the learning
+    rate depends on that. ``fare`` needs the model in ``init`` to the end, wherever it lies.
+    """
+    free = {name: getattr(wanted, name) for name in _FREE}
+    if wanted.adversarial.method == "fare":
+        free["init"] = wanted.init
+    saved = replace(saved, **free)
+    if wanted.optim.schedule != "cosine":
+        saved = replace(saved, optim=replace(saved.optim, epochs=wanted.optim.epochs))
+    changed = difference(saved, wanted)
+    if changed and changed.startswith("optim.epochs"):
+        changed += ", by which the cosine schedule goes"
+    return changed
 
 
 def difference(a: Config, b: Config) -> str | None:

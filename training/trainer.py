@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from training.adversarial import AdversarialTraining
 from training.checkpoint import load_state, optimizer_tensors, restore_optimizer, save_state
-from training.config import Config, LossConfig, check_ranges, difference, from_dict, to_toml
+from training.config import Config, LossConfig, check_ranges, to_toml
 from training.data.batches import Batch, Pairs, ShuffledBatches, load_epoch
 from training.data.corpus import Corpus
 from training.data.formats import load_corpus
-from training.data.text import HubTokenizer, Tokenizer, WordTokenizer
+from training.data.text import VOCABULARY_FILE, HubTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from training.errors import InputError
 from training.evaluation.protocols import evaluate
-from training.files import file_sha256, recover, write_text
+from training.files import current_files, file_sha256, recover, replacing_files, write_text
 from training.gradient_sampling import GradientSampling, factored_layers
 from training.losses import CollapseDetector, Curriculum, InfoNCE, Loss, SigmoidLoss, SumOfHinges
 from training.model_card import model_card
@@ -36,6 +36,7 @@ from training.models.hub import locate
 from training.models.similarity import Similarity
 from training.models.tower import default_device
 from training.optimizer import build_optimizer, set_learning_rate
+from training.provenance import provenance, saved_provenance
 from training.run_log import RunLog
 from training.sampling.decision import Decision
 from training.sampling.stratified import ImportanceBatches
@@ -85,21 +86,22 @@ class Trainer:
         check_ranges(config)
         if not resume and any((self.out / name).exists() for name in (STATE_FILE, WEIGHTS_FILE)):
             raise InputError(f"{self.out}: holds a run already; add --resume or choose another --out")
+        saved = saved_provenance(self.out / STATE_FILE, config) if resume else {}
         self.train_corpus = load_corpus(config.data, config.train_split)
         self.val_corpus = load_corpus(config.data, config.val_split)
         if len(self.train_corpus.image_ids) < 2:
             raise InputError(f"{config.data} [{config.train_split}]: one image has no negatives; add images")
+        data = {"train": self.train_corpus, "val": self.val_corpus}
+        self._provenance: dict[str, Any] = {n: provenance(corpus, saved.get(n)) for n, corpus in data.items()}
         torch.manual_seed(config.seed)
         torch.backends.cudnn.deterministic = True  # else a resumed run differs in the last bits
         self.device = default_device()
-        model_config = _with_feature_dim(config, self.train_corpus).model
-        initial = DualEncoder.from_pretrained(config.init) if config.init else None
-        tokenizer = initial.tokenizer if initial else build_tokenizer(config, self.train_corpus)
-        self.model = DualEncoder(model_config, tokenizer).to(self.device)
-        if initial:
-            self.model.take_weights(initial, config.init)
+        self.model, initial = self._build_model(saved, resume)
         images, self._images_cached = corpus_inputs(self.model, self.train_corpus, "image", config.augment)
         texts, self._texts_cached = corpus_inputs(self.model, self.train_corpus, "text")
+        self._provenance["token_ids"] = texts.fingerprint
+        if saved and saved["token_ids"] != texts.fingerprint:
+            raise InputError(f"{self.out}: captions get other token ids than before; restore the run's own tokenizer")
         self._encode_validation = corpus_encoder(self.model, self.val_corpus)
         self.pairs = Pairs(images, texts, self.train_corpus.owner, config.seed)
         self.batches = ShuffledBatches(len(self.pairs), config.optim.batch_size, config.seed)
@@ -127,7 +129,34 @@ class Trainer:
             self._restore()
         write_text(self.out / CONFIG_FILE, to_toml(config))
         if not resume:
+            with replacing_files(self.out) as complete:
+                self.model.tokenizer.save(complete)
             self._save()  # from here on a killed run can be resumed
+
+    def _build_model(self, saved: dict[str, Any], resume: bool) -> tuple[DualEncoder, DualEncoder | None]:
+        """The model, of which a resumed run knows all but the weights of frozen backbones, and that of ``init``."""
+        config, text = self.config, self.config.model.text
+        files = current_files(self.out)
+        own = bool(saved) or (resume and (files / VOCABULARY_FILE).exists())
+        initial = None
+        if config.init and (not own or config.adversarial.method == "fare"):
+            initial = DualEncoder.from_pretrained(config.init)
+            self._provenance["init"] = initial.fingerprint()
+            if saved and saved["init"] != self._provenance["init"]:
+                raise InputError(f"{config.init}: other weights than when the run was started; restore them")
+        if own:
+            tokenizer = load_tokenizer(files, text.encoder, text.max_tokens)
+        else:
+            tokenizer = initial.tokenizer if initial else build_tokenizer(config, self.train_corpus)
+        known = saved.get("architectures")
+        settings = _with_feature_dim(config, self.train_corpus).model
+        model = DualEncoder(settings, tokenizer, pretrained=known is None, architectures=known).to(self.device)
+        if saved:
+            model.check_frozen(saved["frozen"], str(self.out / STATE_FILE))
+        if initial and not own:
+            model.take_weights(initial, config.init)
+        self._provenance |= {"frozen": model.frozen, "architectures": model.architectures}
+        return model, initial
 
     def fit(self, epochs: int | None = None) -> dict[str, Any]:
         """Train to the end, or to the point where patience runs out.
@@ -304,6 +333,7 @@ class Trainer:
         }
         record = {
             "config": asdict(self.config),
+            "provenance": self._provenance,
             "step": self.step,
             "best": self.best,
             "validations_since_best": self.validations_since_best,
@@ -317,10 +347,9 @@ class Trainer:
     def _restore(self) -> None:
         path = self.out / STATE_FILE
         tensors, record = load_state(path)
-        saved = replace(from_dict(record["config"], str(path)), out=self.config.out)  # a run may be moved
-        changed = difference(saved, self.config)
-        if changed:
-            raise InputError(f"{path}: the run was started with other settings ({changed}); choose another --out")
+        if record["step"] > self.total_steps:
+            epochs = record["step"] / len(self.batches)
+            raise InputError(f"{path}: {epochs:.2f} epochs are done already; raise optim.epochs")
         self.model.load_trained_state(tensors["model"], str(path))
         self.loss.load_state_dict(tensors.get("loss", {}))
         restore_optimizer(self.optimizer, tensors.get("optimizer", {}))

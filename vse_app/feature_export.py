@@ -46,12 +46,7 @@ def export_features(data: str, splits: list[str], config: ImageTowerConfig, out:
     own = backbone.preprocessing
     transform = ImageTransform(own.size, own.resize, own.interpolation)
     for split, corpus in corpora.items():
-        features = cached_features(
-            tower,
-            Pixels(corpus.images, transform),
-            f"{corpus.fingerprint('image')} {transform}",
-            label=f"features {split}",
-        )
+        features = cached_features(tower, Pixels(corpus.images, transform), label=f"features {split}")
         rows = features.fetch(np.arange(len(features)), None).values.numpy()
         name = DEV.get(split, split)
         precomputed.write(out, name, rows, corpus)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from training.config import Config, difference, read_toml
+from training.config import Config, changed_course, read_toml
 from training.errors import InputError
 
 
@@ -15,7 +15,7 @@ def read_arguments(arguments: list[str]) -> tuple[Config, bool]:
     """``[RECIPE.toml] [--resume] [--field.sub VALUE ...]`` → configuration, resume.
 
     With ``--resume`` the run's own ``config.toml`` stands in for the recipe, so ``--out`` suffices; what is
-    given beside it must agree with it.
+    given beside it must not change what the run computes, see :func:`~training.config.changed_course`.
 
     Raises:
         InputError: For an unknown recipe, missing ``--data`` or ``--out``, or a resumed run that was started
@@ -33,10 +33,11 @@ def read_arguments(arguments: list[str]) -> tuple[Config, bool]:
             raise InputError(f"{path}: nothing to resume; run without --resume")
         saved = replace(read_toml(path), out=config.out)
         wanted = config if recipe else _parse(arguments, saved)
-        changed = difference(saved, replace(wanted, data=wanted.data or saved.data))
+        wanted = replace(wanted, data=wanted.data or saved.data)
+        changed = changed_course(saved, wanted)
         if changed:
             raise InputError(f"{path}: the run was started with other settings ({changed}); choose another --out")
-        return saved, True
+        return wanted, True
     if not config.data:
         raise InputError("train: no data; add --data KIND:PATH, or try --data scenes:6000")
     return config, False

@@ -160,5 +160,5 @@ def test_resume_refuses_other_settings_and_an_empty_directory(tmp_path: Path) ->
     with pytest.raises(InputError, match="nothing to resume"):
         read_arguments(["--resume", "--out", str(tmp_path)])
     write(tmp_path / "config.toml", to_toml(Config(data="scenes:60")))
-    with pytest.raises(InputError, match=r"optim\.epochs: 30 ≠ 5"):
-        read_arguments(["--resume", "--out", str(tmp_path), "--optim.epochs", "5"])
+    with pytest.raises(InputError, match=r"optim\.lr: 0\.0002 ≠ 0\.5"):
+        read_arguments(["--resume", "--out", str(tmp_path), "--optim.lr", "0.5"])

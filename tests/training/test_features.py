@@ -130,17 +130,17 @@ def test_a_killed_computation_goes_on_where_it_stopped(
     model = build(pooled_by(pooling))
     inputs, tower = raw_inputs(model, corpus, "text"), model.text_tower
     call: dict[str, Any] = {"label": "captions", "batch_size": 4}
-    whole = cached_features(tower, inputs, "x", root=tmp_path / "whole", **call)
+    whole = cached_features(tower, inputs, root=tmp_path / "whole", **call)
 
     interrupted = build(pooled_by(pooling))
     passes = Passes(interrupted, "text", limit=36)
     with pytest.raises(KeyboardInterrupt):
-        cached_features(interrupted.text_tower, inputs, "x", root=tmp_path / "cut", **call)
+        cached_features(interrupted.text_tower, inputs, root=tmp_path / "cut", **call)
     (progress,) = (tmp_path / "cut").glob("*/progress.json")
     assert json.loads(progress.read_text())["rows"] == 30
 
     passes.rows, passes.limit = 0, float("inf")
-    resumed = cached_features(interrupted.text_tower, inputs, "x", root=tmp_path / "cut", **call)
+    resumed = cached_features(interrupted.text_tower, inputs, root=tmp_path / "cut", **call)
     assert passes.rows == len(corpus) - 30
     assert np.array_equal(resumed._values, whole._values)
     assert torch.equal(rows(resumed), rows(whole))
@@ -178,13 +178,14 @@ def test_whatever_changes_features_is_cached_apart(corpus: Corpus) -> None:
 
 def test_the_key_follows_weights_normalisation_and_rows() -> None:
     tower = build().image_tower
-    key = feature_key(tower, "x")
-    assert key == feature_key(build().image_tower, "x") != feature_key(tower, "y")
+    x, y = Features(np.zeros((1, 2)), fingerprint="x"), Features(np.zeros((1, 2)), fingerprint="y")
+    key = feature_key(tower, x)
+    assert key == feature_key(build().image_tower, x) != feature_key(tower, y)
     tower.backbone.architecture["preprocessing"]["mean"] = (0.0, 0.0, 0.0)
-    assert key != feature_key(tower, "x")
+    assert key != feature_key(tower, x)
     other = build().image_tower
     other.checksum = "sha256:other"
-    assert key != feature_key(other, "x")
+    assert key != feature_key(other, x)
 
 
 def test_caching_leaves_the_head_in_training_mode(corpus: Corpus) -> None:

@@ -47,15 +47,16 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit-equal weights, loss and optimizer state, random state, best weights and log."""
+    """Bit-equal weights, loss and optimizer state, random state, best weights and log, wherever the data lies."""
     (x, x_record), (y, y_record) = (load_state(out / "state" / "last.safetensors") for out in (a, b))
     assert x.keys() == y.keys()
     for group in x:
         assert x[group].keys() == y[group].keys()
         for name in x[group]:
             assert torch.equal(x[group][name], y[group][name]), f"{group}/{name}"
-    for key in ("step", "best", "validations_since_best", "detector"):
+    for key in ("step", "validations_since_best", "detector"):
         assert x_record[key] == y_record[key], key
+    assert x_record["best"] | {"data": ""} == y_record["best"] | {"data": ""}
     assert torch.equal(*(load_file(out / "state" / "last.safetensors")["random/cpu"] for out in (a, b)))
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    assert metrics(a) == metrics(b)
+    assert [line | {"data": ""} for line in metrics(a)] == [line | {"data": ""} for line in metrics(b)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from training.data.corpus import ImageSource
 from training.data.image_transform import ImageTransform
+from training.data.images import DECODER_VERSION
 from training.data.padded import Padded, pad
 from training.data.text import Tokenizer
 
@@ -29,11 +32,23 @@ class Inputs(Protocol):
         """Tokens per row; 1 for a picture or a pooled feature."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a row does, as the tower takes it in evaluation."""
+        ...
+
     def __len__(self) -> int: ...
 
     def fetch(self, indices: NDArray[np.int64], seeds: Sequence[int] | None) -> Padded:
         """Rows at ``indices``. ``seeds``, one per row, drive augmentation; None means evaluation."""
         ...
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)  # so that no two lists read alike
+    return digest.hexdigest()
 
 
 class Pixels:
@@ -62,6 +77,12 @@ class Pixels:
         """One input per picture."""
         return [1] * len(self)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the pictures and how they are decoded and cut to size; none is decoded for it."""
+        how = f"{replace(self._transform, augment='none')} {DECODER_VERSION}"
+        return _sha256(*(source.fingerprint.encode() for source in self._sources), how.encode())
+
     def __len__(self) -> int:
         return len(self._sources)
 
@@ -87,6 +108,11 @@ class Tokens:
         """Ids per caption."""
         return [len(row) for row in self._rows]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the ids of each caption."""
+        return _sha256(*(row.numpy().tobytes() for row in self._rows))
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -101,11 +127,15 @@ class Features:
     Args:
         values: ``(N, F)``, ``(N, T, F)``, or with ``offsets`` all tokens in a row, ``(sum T, F)``.
         offsets: int64 ``(N + 1,)``; row ``n`` is ``values[offsets[n]:offsets[n + 1]]``.
+        fingerprint: That of the rows they were computed from; empty where the features are the data.
     """
 
-    def __init__(self, values: NDArray[np.floating], offsets: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self, values: NDArray[np.floating], offsets: NDArray[np.int64] | None = None, fingerprint: str = ""
+    ) -> None:
         self._values = values
         self._offsets = offsets
+        self.fingerprint = fingerprint
 
     @property
     def lengths(self) -> Sequence[int]:

@@ -136,7 +136,12 @@ class Corpus:
         )
 
     def fingerprint(self, side: str) -> str:
-        """SHA-256 over the pictures, none of them decoded, or over the captions (``image`` or ``text``)."""
+        """SHA-256 over the pictures, none decoded, or their features (``image``), or over the captions (``text``)."""
+        if side == "image" and self.features is not None:
+            digest = hashlib.sha256(f"{self.features.shape} {self.features.dtype}".encode())
+            for start in range(0, len(self.features), 1024):  # they may be larger than the memory
+                digest.update(self.features[start : start + 1024].tobytes())
+            return digest.hexdigest()
         parts = self.captions if side == "text" else [source.fingerprint for source in self.images]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

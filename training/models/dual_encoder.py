@@ -69,6 +69,30 @@ class DualEncoder(nn.Module):
         self.similarity: Similarity = SIMILARITIES[config.similarity]
 
     @property
+    def towers(self) -> dict[str, Tower]:
+        """``image`` and ``text``."""
+        return {"image": self.image_tower, "text": self.text_tower}
+
+    @property
+    def architectures(self) -> dict[str, Any]:
+        """What is needed to build both backbones anew without their pretrained weights."""
+        return {side: tower.backbone.architecture for side, tower in self.towers.items()}
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Checksums of frozen backbones by tower."""
+        return {side: tower.checksum for side, tower in self.towers.items() if tower.checksum}
+
+    def check_frozen(self, frozen: dict[str, str], origin: str) -> None:
+        """Compare frozen backbones to those of training. Raises :class:`InputError`, which begins with ``origin``."""
+        for side, tower in self.towers.items():
+            if tower.checksum != frozen.get(side):
+                raise InputError(
+                    f"{origin}: {tower.config.encoder} has other weights here than when the model was trained "
+                    f"({side} tower); point VSE_MODELS at the original ones"
+                )
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -140,15 +164,8 @@ class DualEncoder(nn.Module):
         record = {
             "format": FORMAT,
             **asdict(self.config),
-            "architectures": {
-                "image": self.image_tower.backbone.architecture,
-                "text": self.text_tower.backbone.architecture,
-            },
-            "frozen": {
-                side: tower.checksum
-                for side, tower in (("image", self.image_tower), ("text", self.text_tower))
-                if tower.checksum
-            },
+            "architectures": self.architectures,
+            "frozen": self.frozen,
             "vocabulary": _source(self.tokenizer),
         }
         weights = {name: tensor.detach().contiguous() for name, tensor in self.trained_state().items()}
@@ -162,9 +179,7 @@ class DualEncoder(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """The state dict without frozen backbones."""
-        frozen = tuple(
-            f"{name}.backbone." for name in ("image_tower", "text_tower") if getattr(self, name).config.frozen
-        )
+        frozen = tuple(f"{side}_tower.backbone." for side, tower in self.towers.items() if tower.config.frozen)
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen)}
 
     def load_trained_state(self, state: dict[str, Tensor], origin: str) -> None:
@@ -185,7 +200,8 @@ class DualEncoder(nn.Module):
         """Copy all weights of a model with the same towers, frozen or not.
 
         Raises:
-            InputError: If the towers differ; names ``origin``, where the other model comes from.
+            InputError: If the towers differ, or a backbone that is frozen here has been trained there; names
+                ``origin``, where the other model comes from.
         """
         state, own = other.state_dict(), self.state_dict()
         if strange := state.keys() ^ own.keys() | {
@@ -195,6 +211,12 @@ class DualEncoder(nn.Module):
                 f"{origin}: has other towers than this configuration (at {min(strange)}); take its model settings"
             )
         self.load_state_dict(state)
+        for side, tower in self.towers.items():
+            if tower.checksum not in (None, checksum(tower.backbone)):
+                raise InputError(
+                    f"{origin}: its {side} backbone has been trained, and a frozen one is stored by name alone; "
+                    f"add --model.{side}.frozen False"
+                )
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> DualEncoder:
@@ -225,12 +247,7 @@ class DualEncoder(nn.Module):
         if record.get("vocabulary") not in (None, _source(tokenizer)):
             raise InputError(f"{directory / VOCABULARY_FILE}: another model's vocabulary; restore the run's own file")
         model = cls(config, tokenizer, pretrained=False, architectures=architectures)
-        for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
-            if tower.checksum != frozen.get(side):
-                raise InputError(
-                    f"{path}: {tower.config.encoder} has other weights here than when the model was trained "
-                    f"({side} tower); point VSE_MODELS at the original ones"
-                )
+        model.check_frozen(frozen, str(path))
         weights = directory / WEIGHTS_FILE
         try:
             state = load_file(weights)

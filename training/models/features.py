@@ -33,23 +33,22 @@ def cache_root() -> Path:
     return Path(os.environ.get("VSE_CACHE") or "~/.cache/vse").expanduser() / "features"
 
 
-def feature_key(tower: Tower, input_identity: str) -> str:
+def feature_key(tower: Tower, inputs: Inputs) -> str:
     """Equal exactly when the features would be: same weights, same preprocessing, same inputs.
 
     Args:
         tower: Frozen tower; its checksum stands for the weights, its architecture for the preprocessing.
-        input_identity: Fingerprint of the rows and of how they are prepared (pixels or token ids).
+        inputs: Pixels or token ids.
     """
     stage = f"{'tokens' if tower.pooling is not None else tower.config.pooling} {tower.config.layers}"
     architecture = json.dumps(tower.backbone.architecture, sort_keys=True)
-    parts = [str(tower.checksum), architecture, stage, input_identity]
+    parts = [str(tower.checksum), architecture, stage, inputs.fingerprint]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def cached_features(
     tower: Tower,
     inputs: Inputs,
-    input_identity: str,
     *,
     label: str,
     batch_size: int = 64,
@@ -63,7 +62,6 @@ def cached_features(
     Args:
         tower: Frozen tower, on the device it should run on.
         inputs: Pixels or token ids, ``N`` rows.
-        input_identity: See :func:`feature_key`.
         label: What the progress bar says.
         batch_size: Rows per forward pass.
         root: Cache directory, by default :func:`cache_root`.
@@ -74,7 +72,7 @@ def cached_features(
     Raises:
         InputError: If the disk has too little room.
     """
-    directory = (root or cache_root()) / feature_key(tower, input_identity)
+    directory = (root or cache_root()) / feature_key(tower, inputs)
     progress, values_file = directory / "progress.json", directory / "values.npy"
     count = len(inputs)
     device = next(tower.parameters()).device
@@ -107,7 +105,7 @@ def cached_features(
                         bar.update(len(batch))
                     values.flush()
                     write_text(progress, json.dumps({"rows": int(rows[-1]) + 1, "label": label}))
-    return Features(np.load(values_file, mmap_mode="r", allow_pickle=False), offsets)
+    return Features(np.load(values_file, mmap_mode="r", allow_pickle=False), offsets, inputs.fingerprint)
 
 
 def _reserve(file: Path, shape: tuple[int, ...]) -> None:
@@ -146,7 +144,6 @@ def corpus_inputs(model: DualEncoder, corpus: Corpus, side: str, augment: str = 
     cached = tower.config.frozen and augment == "none"
     if side == "text":
         inputs: Inputs = Tokens(corpus.captions, model.tokenizer)
-        identity = f"{corpus.fingerprint(side)} {tower.config.encoder} {model.config.text.max_tokens}"
     elif corpus.features is not None:
         width = corpus.features.shape[-1]
         if tower.config.encoder != "precomputed" or tower.backbone.dim != width:
@@ -155,11 +152,10 @@ def corpus_inputs(model: DualEncoder, corpus: Corpus, side: str, augment: str = 
         return Features(corpus.features), False
     else:
         inputs = Pixels(corpus.images, model.transform(augment), keep=not cached)
-        identity = f"{corpus.fingerprint(side)} {model.transform()}"
     if not cached:
         return inputs, False
     label = f"{tower.config.encoder.rsplit('/', 1)[-1]} {corpus.split}"
-    return cached_features(tower, inputs, identity, label=label), True
+    return cached_features(tower, inputs, label=label), True
 
 
 def corpus_encoder(model: DualEncoder, corpus: Corpus) -> Callable[[], tuple[Tensor, Tensor]]:
