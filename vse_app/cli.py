@@ -101,7 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--data", required=True, help="KIND:PATH")
     verb.add_argument("--split", default="test")
     verb.add_argument("--folds", type=int, default=None, help="average over contiguous folds, e.g. 5 for COCO 1K")
-    verb.add_argument("--ties", default="pessimistic", choices=["pessimistic", "expected", "optimistic"])
+    verb.add_argument(
+        "--ties",
+        default="pessimistic",
+        choices=["pessimistic", "expected", "optimistic"],
+        help="equal scores count against the model (default), in random order (exact means), or for it",
+    )
     verb.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures; - prints them")
     verb.add_argument("--worst", type=int, default=0, metavar="N", help="also print the N worst queries")
     verb.set_defaults(run=_evaluate)
@@ -199,7 +204,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     piped = args.json == Path("-")
     print(record if piped else format_table(metrics, args.data, args.split))
     if args.worst:
-        worst = worst_queries(retrieval_ranks(images, captions, corpus.owner, scores), corpus, args.worst)
+        ranks = retrieval_ranks(images, captions, corpus.owner, scores, args.ties)
+        worst = worst_queries(ranks, corpus, args.worst)
         print(format_worst(worst), file=sys.stderr if piped else sys.stdout)
     if args.json and not piped:
         write_text(args.json, record + "\n")

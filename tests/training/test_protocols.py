@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from training.evaluation.protocols import (
     evaluate_ranks,
     worst_queries,
 )
-from training.evaluation.ranks import ranks_from_scores, retrieval_ranks
+from training.evaluation.ranks import Competition, ranks_from_scores, retrieval_ranks
 from training.evaluation.report import format_table, markdown_table
 from training.models.similarity import order_scores
 
@@ -40,6 +42,97 @@ def random_pairs(
         torch.from_numpy(pictures[owner] + 2 * rng.normal(size=(5 * images, 16))),
         owner,
     )
+
+
+def every_order(own: int, level: int, above: int) -> list[int]:
+    """The rank of the first own item in each order of own and level items, behind what scores higher."""
+    items = [True] * own + [False] * level
+    return [above + order.index(True) for order in itertools.permutations(items)]
+
+
+def scores_of(own: int, level: int, above: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A matrix whose image 0 has ``own`` captions level with ``level`` others, below ``above``, and their owners."""
+    row = [1.0] * own + [1.0] * level + [2.0] * above + [0.0]
+    scores = np.full((2, len(row)), -1.0)
+    scores[0] = row
+    scores[1, -1] = 3.0
+    return scores, np.array([0] * own + [1] * (level + above + 1))
+
+
+class TestExpectedTies:
+    @pytest.mark.parametrize(
+        ("own", "level", "above"),
+        [
+            (1, 1, 0),
+            (1, 4, 0),
+            (2, 3, 0),
+            (3, 2, 1),
+            (5, 1, 0),
+            (1, 6, 2),
+            (2, 5, 4),
+            (4, 3, 9),
+            (1, 0, 4),
+            (2, 2, 10),
+        ],
+    )
+    def test_one_query_equals_every_order(self, own: int, level: int, above: int) -> None:
+        orders = np.array(every_order(own, level, above))
+        ranks = ranks_from_scores(*scores_of(own, level, above), "expected")
+        for k in range(20):
+            assert ranks.images.chance(k)[0] == pytest.approx(np.mean(orders < k), abs=1e-12)
+        assert ranks.i2t[0] == pytest.approx(orders.mean())
+        of = DirectionMetrics.expected(Competition(*(counts[:1] for counts in ranks.images)))
+        expected = DirectionMetrics.of(orders)
+        assert asdict(of) == pytest.approx(asdict(expected))
+
+    def test_a_pair_of_copies_is_found_half_of_the_time(self) -> None:
+        of = evaluate_ranks(ranks_from_scores(np.ones((2, 2)), np.arange(2), "expected"))
+        assert (of.i2t.r1, of.t2i.r1, of.i2t.r5, of.i2t.meanr) == (50, 50, 100, 1.5)
+        five = evaluate_ranks(ranks_from_scores(np.ones((20, 100)), np.arange(100) // 5, "expected"))
+        assert five.i2t.r1 == pytest.approx(5)  # of 100 captions five are right
+        assert five.t2i.r10 == pytest.approx(50)
+        assert five.i2t.meanr == pytest.approx(1 + 95 / 6)
+
+    @pytest.mark.parametrize("folds", [None, 4])
+    def test_equals_the_mean_over_random_orders(self, folds: int | None) -> None:
+        rng = np.random.default_rng(5)
+        images, captions = rng.integers(-2, 3, (40, 3)).astype(float), rng.integers(-2, 3, (120, 3)).astype(float)
+        owner = rng.permutation(np.repeat(np.arange(40), 3))
+        found = evaluate(images, captions, owner, folds=folds, ties="expected")
+        drawn = []
+        for _ in range(150):
+            # Scores are whole numbers: one more dimension with noise below 1 orders all that is level at random.
+            noise = torch.from_numpy(rng.random((40, 120)) / 2)
+
+            def noisy(some: torch.Tensor, others: torch.Tensor, noise: torch.Tensor = noise) -> torch.Tensor:
+                return some[:, :-1] @ others[:, :-1].T + noise[some[:, -1].long()][:, others[:, -1].long()]
+
+            numbered = np.c_[images, np.arange(40)], np.c_[captions, np.arange(120)]
+            drawn.append(evaluate(*numbered, owner, noisy, folds))
+        for direction in ("i2t", "t2i"):
+            for name in ("r1", "r5", "r10", "meanr"):
+                values = np.array([getattr(getattr(one, direction), name) for one in drawn])
+                error = abs(getattr(getattr(found, direction), name) - values.mean())
+                assert error <= 4 * values.std() / len(values) ** 0.5 + 1e-9, (direction, name)
+        assert all(one.ties == 0 for one in drawn)
+        assert found.ties > 50
+
+    def test_lies_between_the_extremes_and_equals_them_without_ties(self) -> None:
+        rng = np.random.default_rng(6)
+        scores, owner = rng.integers(0, 5, (30, 90)).astype(float), np.arange(90) // 3
+        worst, mean, best = (
+            evaluate_ranks(ranks_from_scores(scores, owner, ties))
+            for ties in ("pessimistic", "expected", "optimistic")
+        )
+        assert worst.rsum < mean.rsum < best.rsum
+        for direction in ("i2t", "t2i"):
+            for name in ("medr", "meanr"):
+                low, middle, high = (getattr(getattr(of, direction), name) for of in (best, mean, worst))
+                assert low <= middle <= high
+        distinct = rng.permutation(30 * 90).reshape(30, 90).astype(float)
+        assert evaluate_ranks(ranks_from_scores(distinct, owner, "expected")) == evaluate_ranks(
+            ranks_from_scores(distinct, owner)
+        )
 
 
 @pytest.mark.parametrize(("ranks", "medr"), [([0, 1], 1), ([0, 3], 2), ([0, 1, 2], 2), ([4, 5], 5), ([0.5, 0.5], 1)])

@@ -15,6 +15,7 @@ from torch import Tensor
 from training.data.corpus import Corpus
 from training.errors import InputError
 from training.evaluation.ranks import (
+    Competition,
     Ownership,
     RetrievalRanks,
     Similarity,
@@ -34,6 +35,9 @@ class DirectionMetrics:
         r10: R@10, percent.
         medr: Median rank, rounded down, counted from one.
         meanr: Mean rank, counted from one.
+
+    Where ties are ``expected``, recalls and the mean rank are exact means over all orders of equal scores, and medR
+    is the median of the ranks of all queries in all these orders.
     """
 
     r1: float
@@ -47,6 +51,13 @@ class DirectionMetrics:
         """The metrics of zero-based ranks ``(Q,)``."""
         r1, r5, r10 = (100 * float(np.mean(ranks < k)) for k in (1, 5, 10))
         return cls(r1, r5, r10, medr=math.floor(np.median(ranks)) + 1, meanr=float(np.mean(ranks)) + 1)
+
+    @classmethod
+    def expected(cls, of: Competition) -> DirectionMetrics:
+        """The metrics over all orders of equal scores."""
+        r1, r5, r10 = (100 * float(of.chance(k).mean()) for k in (1, 5, 10))
+        meanr = float(of.ranks("expected").mean()) + 1
+        return cls(r1, r5, r10, medr=_expected_median(of) + 1, meanr=meanr)
 
     @classmethod
     def mean(cls, folds: Sequence[DirectionMetrics]) -> DirectionMetrics:
@@ -103,7 +114,10 @@ class WorstQuery:
 
 def evaluate_ranks(ranks: RetrievalRanks) -> RetrievalMetrics:
     """R@1, R@5, R@10, medR and meanR of both directions, and rSum."""
-    i2t, t2i = DirectionMetrics.of(ranks.i2t), DirectionMetrics.of(ranks.t2i)
+    if ranks.tie_breaking == "expected":
+        i2t, t2i = DirectionMetrics.expected(ranks.images), DirectionMetrics.expected(ranks.captions)
+    else:
+        i2t, t2i = DirectionMetrics.of(ranks.i2t), DirectionMetrics.of(ranks.t2i)
     rsum = i2t.r1 + i2t.r5 + i2t.r10 + t2i.r1 + t2i.r5 + t2i.r10
     return RetrievalMetrics(len(ranks.i2t), len(ranks.t2i), i2t, t2i, rsum, ranks.ties)
 
@@ -198,3 +212,18 @@ def worst_queries(ranks: RetrievalRanks, corpus: Corpus, n: int = 10) -> dict[st
             for caption, rank in worst(ranks.t2i)
         ],
     }
+
+
+def _expected_median(of: Competition) -> int:
+    """The zero-based median, rounded down, of the ranks of all queries in all orders of equal scores."""
+
+    def smallest(share: float) -> int:
+        """The smallest rank that at least this share of the queries reach."""
+        low, high = 0, int((of.above + of.level).max())
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if of.chance(middle + 1).mean() >= share else (middle + 1, high)
+        return low
+
+    # As in a sample of even size, the middle of the two ranks between which half of the queries lie.
+    return (smallest(0.5 - 1e-9) + smallest(0.5 + 1e-9)) // 2

@@ -22,22 +22,75 @@ _OWN_CAPTIONS = 512
 _UINT8_MAX = 255
 
 
+class Competition(NamedTuple):
+    """What is known of the ranks of one direction before ties are broken; int64 ``(Q,)`` each.
+
+    Attributes:
+        above: Competitors that score higher than the best own item.
+        level: Competitors that score as high.
+        own: Own items that score as high, at least one.
+    """
+
+    above: NDArray[np.int64]
+    level: NDArray[np.int64]
+    own: NDArray[np.int64]
+
+    def ranks(self, ties: Ties) -> NDArray[np.int64] | NDArray[np.float64]:
+        """Zero-based ranks ``(Q,)``; ``expected`` ones are means over all orders of what is level, float64."""
+        if ties == "pessimistic":
+            return self.above + self.level
+        if ties == "optimistic":
+            return self.above
+        return self.above + self.level / (self.own + 1)
+
+    def chance(self, k: int) -> NDArray[np.float64]:
+        """Probability ``(Q,)`` that an own item is among the first ``k`` when what is level comes in random order.
+
+        With m own items and L competitors level, the first ``j = k - above`` of them are all competitors with
+        the hypergeometric probability ``C(L, j) / C(L + m, j)``, which is ``Π (L - j + i) / (L + i)`` over
+        i from 1 to m.
+        """
+        places = np.maximum(k - self.above, 0)
+        missed = np.ones(len(places))
+        for i in range(1, int(self.own.max(initial=0)) + 1):
+            factor = np.maximum(self.level - places + i, 0) / (self.level + i)
+            missed *= np.where(i <= self.own, factor, 1)
+        return 1 - missed
+
+
 @dataclass(frozen=True)
 class RetrievalRanks:
     """Zero-based ranks of both directions.
 
     Attributes:
-        i2t: ``(I,)`` rank of each image's best own caption among the captions of other images. int64, or
-            float64 where ``ties="expected"``.
-        t2i: ``(C,)`` rank of each caption's image among all images; same dtype as ``i2t``.
-        i2t_tied: bool ``(I,)``; the best own caption shares its score with another image's caption.
-        t2i_tied: bool ``(C,)``; the own image shares its score with another image.
+        images: What each image's best own caption competes with: the captions of other images.
+        captions: What each caption's image competes with: all other images.
+        tie_breaking: How equal scores are counted.
     """
 
-    i2t: NDArray[np.int64] | NDArray[np.float64]
-    t2i: NDArray[np.int64] | NDArray[np.float64]
-    i2t_tied: NDArray[np.bool_]
-    t2i_tied: NDArray[np.bool_]
+    images: Competition
+    captions: Competition
+    tie_breaking: Ties = "pessimistic"
+
+    @property
+    def i2t(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """``(I,)`` rank of each image's best own caption; int64, or float64 means where ties are ``expected``."""
+        return self.images.ranks(self.tie_breaking)
+
+    @property
+    def t2i(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """``(C,)`` rank of each caption's image; same dtype as ``i2t``."""
+        return self.captions.ranks(self.tie_breaking)
+
+    @property
+    def i2t_tied(self) -> NDArray[np.bool_]:
+        """``(I,)``; the best own caption shares its score with another image's caption."""
+        return self.images.level > 0
+
+    @property
+    def t2i_tied(self) -> NDArray[np.bool_]:
+        """``(C,)``; the own image shares its score with another image."""
+        return self.captions.level > 0
 
     @property
     def ties(self) -> int:
@@ -57,8 +110,8 @@ def retrieval_ranks(
     """Rank every own caption and every own image, exactly, without holding or sorting all scores.
 
     A rank counts the competitors that score higher than the query's (best) own item. Equal scores count
-    fully (``pessimistic``, so a collapsed model has R@1 = 0), by half (``expected``, the mid-rank) or not
-    at all (``optimistic``). Own captions never count against their image.
+    fully (``pessimistic``, so a collapsed model has R@1 = 0), not at all (``optimistic``), or as often as they
+    come before the first own item in a random order (``expected``). Own captions never count against their image.
 
     Args:
         images: ``(I, D)`` embeddings of the unique images; half precision is computed as float32.
@@ -84,19 +137,31 @@ def retrieval_ranks(
     dtype = torch.promote_types(images.dtype, captions.dtype)
     images, captions = images.to(dtype), captions.to(dtype)
     ownership = Ownership.of(owner, len(images), len(captions))
-    # A product of another shape may round differently; one shape keeps equal pairs equal in every bit.
-    # So the last block is moved back instead of being shorter, and overlaps the one before it.
-    block = min(block, len(images))
-    firsts = [*range(0, len(images) - block, block), len(images) - block]
+    # Products round by shape and place, so that copies could be told apart: each is scored once.
+    first_image, first_caption = _first_copies(images), _first_copies(captions)
+    kept = np.flatnonzero(first_image == np.arange(len(images)))
+    members = np.argsort(first_image, kind="stable")  # copies side by side, in the order of the kept ones
+    repeats = np.bincount(first_image)[kept]
+    copied = bool((first_caption != np.arange(len(captions))).any())
+    distinct = images if len(kept) == len(images) else images[torch.from_numpy(kept)]
+    # The last block is moved back instead of being shorter, for the same shape, and overlaps the one before it.
+    block = min(block, len(kept))
+    firsts = [*range(0, len(kept) - block, block), len(kept) - block]
 
     def score(some_images: Tensor, some_captions: Tensor) -> NDArray[np.floating]:
         return similarity(some_images, some_captions).to(dtype).cpu().numpy()
 
-    def blocks() -> Iterable[tuple[int, NDArray[np.floating]]]:
-        done = 0
+    def blocks() -> Iterable[tuple[NDArray[np.int64], NDArray[np.floating]]]:
+        done = passed = 0
         for first in firsts:
-            yield done, score(images[first : first + block], captions)[done - first :]
-            done = first + block
+            scores = score(distinct[first : first + block], captions)[done - first :]
+            if copied:
+                scores = scores[:, first_caption]
+            rows = np.repeat(np.arange(len(scores)), repeats[done : first + block])
+            for start in range(0, len(rows), block):
+                some = rows[start : start + block]
+                yield members[passed + start :][: len(some)], scores[some]
+            done, passed = first + block, passed + len(rows)
 
     own = _own_scores(images, captions, ownership, score)
     for _ in range(2):
@@ -120,7 +185,7 @@ def ranks_from_scores(
         raise InputError(f"scores have shape {matrix.shape}; give one row per image, one column per caption")
     ownership = Ownership.of(owner, *matrix.shape)
     own = matrix[ownership.owner, np.arange(matrix.shape[1])]
-    return _count([(0, matrix)], own, ownership, ties)[0]
+    return _count([(np.arange(len(matrix)), matrix)], own, ownership, ties)[0]
 
 
 class Ownership(NamedTuple):
@@ -175,7 +240,7 @@ def checked_embeddings(kind: str, values: Tensor | NDArray[np.floating]) -> Tens
     embeddings = _floating(values)
     if embeddings.ndim != 2:
         raise InputError(f"{kind} embeddings have shape {tuple(embeddings.shape)}; give one row per {kind}")
-    bad = torch.nonzero(~torch.isfinite(embeddings.sum(dim=1)))
+    bad = torch.nonzero(~torch.isfinite(embeddings).all(dim=1))
     if len(bad):
         raise InputError(
             f"{kind} embedding {int(bad[0])} is not finite ({len(bad)} such rows); the model has diverged"
@@ -201,8 +266,17 @@ def _own_scores(
     return own
 
 
+def _first_copies(rows: Tensor) -> NDArray[np.int64]:
+    """For each of the rows ``(N, D)`` the index of the first that equals it, int64 ``(N,)``."""
+    if not rows.shape[1]:
+        return np.zeros(len(rows), dtype=np.int64)
+    number = torch.unique(rows, dim=0, return_inverse=True)[1].cpu().numpy()
+    first: NDArray[np.int64] = np.unique(number, return_index=True)[1][number]
+    return first
+
+
 def _count(
-    blocks: Iterable[tuple[int, NDArray[np.floating]]],
+    blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.floating]]],
     own: NDArray[np.floating],
     ownership: Ownership,
     ties: Ties,
@@ -210,7 +284,7 @@ def _count(
     """Count the competitors above and level with each query's own item.
 
     Args:
-        blocks: Consecutive blocks ``(index of the first image, scores (b, C))``.
+        blocks: Each image once, in blocks ``(indices of images (b,), scores (b, C))``.
         own: ``(C,)`` score of each caption with its own image.
         ownership: Who describes whom.
         ties: How equal scores are counted.
@@ -219,49 +293,37 @@ def _count(
         The ranks, and the own scores ``(C,)`` found in the blocks. Only if these equal ``own`` in every
         bit are the ranks exact.
     """
-    owner, order, starts = ownership
+    _, order, starts = ownership
     seen = np.empty_like(own)
-    i2t_above, i2t_level = np.empty((2, len(starts) - 1), dtype=np.int64)
+    i2t_above, i2t_level, i2t_own = np.empty((3, len(starts) - 1), dtype=np.int64)
     t2i_above, t2i_least = np.zeros((2, len(own)), dtype=np.int64)
     mask = np.empty(len(own), dtype=np.bool_)
-    for start, scores in blocks:
-        stop = start + len(scores)
-        mine = order[starts[start] : starts[stop]]
-        seen[mine] = scores[owner[mine] - start, mine]
-        offsets = starts[start:stop] - starts[start]
+    for images, scores in blocks:
+        mine = np.concatenate([order[starts[image] : starts[image + 1]] for image in images])
+        held = starts[images + 1] - starts[images]
+        row_of, offsets = np.repeat(np.arange(len(images)), held), held.cumsum() - held
+        seen[mine] = scores[row_of, mine]
         best = np.maximum.reduceat(seen[mine], offsets)
-        own_at_best = np.add.reduceat(seen[mine] == best[owner[mine] - start], offsets, dtype=np.int64)
+        i2t_own[images] = np.add.reduceat(seen[mine] == best[row_of], offsets, dtype=np.int64)
         for strip in range(0, len(scores), _UINT8_MAX):
             # Sums of at most 255 masks fit a byte; wider sums cost four times as much.
             above, least = np.zeros((2, len(own)), dtype=np.uint8)
             for i, row in enumerate(scores[strip : strip + _UINT8_MAX], strip):
                 if not np.isfinite(row, out=mask).all():
                     raise InputError(
-                        f"the score of image {start + i} and caption {int(mask.argmin())} is not finite; "
+                        f"the score of image {images[i]} and caption {int(mask.argmin())} is not finite; "
                         "the model has diverged"
                     )
                 above += np.greater(row, own, out=mask).view(np.uint8)
                 least += np.greater_equal(row, own, out=mask).view(np.uint8)
                 higher = np.count_nonzero(np.greater(row, best[i], out=mask))
                 equal = np.count_nonzero(np.greater_equal(row, best[i], out=mask)) - higher
-                i2t_above[start + i], i2t_level[start + i] = higher, equal - own_at_best[i]
+                i2t_above[images[i]], i2t_level[images[i]] = higher, equal - i2t_own[images[i]]
             t2i_above += above
             t2i_least += least
     t2i_level = t2i_least - t2i_above - 1  # the own image is level with itself
-    ranks = RetrievalRanks(
-        _break_ties(i2t_above, i2t_level, ties),
-        _break_ties(t2i_above, t2i_level, ties),
-        i2t_level > 0,
-        t2i_level > 0,
+    competition = (
+        Competition(i2t_above, i2t_level, i2t_own),
+        Competition(t2i_above, t2i_level, np.ones_like(t2i_level)),
     )
-    return ranks, seen
-
-
-def _break_ties(
-    above: NDArray[np.int64], level: NDArray[np.int64], ties: Ties
-) -> NDArray[np.int64] | NDArray[np.float64]:
-    if ties == "pessimistic":
-        return above + level
-    if ties == "optimistic":
-        return above
-    return above + level / 2
+    return RetrievalRanks(*competition, ties), seen
