@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from training.errors import InputError
 from training.robustness.attack_trials import closed_form
-from training.robustness.attacks import Objective, Value, apgd, fgsm, pgd, square
+from training.robustness.attacks import Attacked, Objective, Value, apgd, fgsm, pgd, square
 from training.robustness.attacks import _checkpoints as checkpoints
 from training.robustness.balls import Ball
 from training.robustness.norms import FOURIER_LINF, L1, L2, LINF, FourierLInf, Norm, parse_norm
@@ -212,6 +214,35 @@ def test_what_cannot_be_attacked_is_refused() -> None:
         fgsm(wavy, pictures().half(), ball)
     with pytest.raises(InputError, match="not finite"):
         fgsm(lambda x, rows: Value((x / 0).flatten(1).sum(1), rows < 0), pictures(), ball)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("attack", [fgsm, pgd, apgd, square])
+def test_other_dtypes_are_refused_in_one_line(attack: Callable[..., Attacked], dtype: torch.dtype) -> None:
+    for norm in (LINF, L2, L1):
+        with pytest.raises(InputError, match=f"^attacks run in float32 or float64, not {dtype}; divide 8-bit pixels"):
+            attack(wavy, (255 * pictures()).to(dtype), Ball(norm, 0.1))
+
+
+@pytest.mark.parametrize("norm", [LINF, L2, L1, FOURIER_LINF], ids=str)
+@pytest.mark.parametrize("attack", [fgsm, pgd, apgd, square])
+def test_no_examples_have_an_outcome_without_examples(attack: Callable[..., Attacked], norm: Norm) -> None:
+    none = pictures()[:0]
+    found = attack(wavy, none, Ball(norm, 0.1))
+    assert found.points.shape == none.shape
+    assert (len(found.loss), len(found.done), len(found.flat), found.passes) == (0, 0, 0, 0)
+    assert found.trace.shape[1] == 0
+
+
+def test_a_steep_gradient_is_finite() -> None:
+    """Each entry is finite in float32; their sum is not."""
+
+    def steep(points: Tensor, rows: Tensor) -> Value:
+        return Value(((points - 0.5) * 1e37).flatten(1).mean(1) * 192, rows < 0)
+
+    images = pictures()
+    found = fgsm(steep, images, Ball(LINF, 0.1))
+    torch.testing.assert_close(found.points, (images + 0.1).clamp(max=1))
 
 
 def test_flat_gradients_are_reported() -> None:

@@ -272,6 +272,27 @@ def test_near_copies_are_not_lost_in_rounding(norm: Norm) -> None:
     torch.testing.assert_close(found, direct, rtol=1e-3, atol=0)
 
 
+@NORMS
+@pytest.mark.parametrize("exponent", [-250, -170, -100, 100, 170, 250])
+@pytest.mark.parametrize("scaled", ["head", "weight and features", "gallery", "features"])
+def test_no_scale_makes_a_certificate_unsound(scaled: str, exponent: int, norm: Norm) -> None:
+    """The radius has the unit of the features; a factor of anything else is in margin and rate alike."""
+    case, scale = a_case(owned=2), 10.0**exponent
+    expected = certified_radii(*case, norm)
+    head, features, gallery, own = case
+    if scaled == "head":
+        head = LinearHead(head.weight * scale, head.bias * scale)
+    elif scaled == "weight and features":
+        head, features, expected = LinearHead(head.weight * scale, head.bias), features / scale, expected / scale
+    elif scaled == "gallery":
+        gallery = gallery * scale
+    else:
+        head, features = LinearHead(head.weight, head.bias * scale), features * scale
+        expected = expected * scale
+    assert (expected > 0).any()
+    torch.testing.assert_close(certified_radii(head, features, gallery, own, norm), expected, rtol=1e-7, atol=0)
+
+
 class Stub(Backbone):
     def __init__(self, dim: int = 6) -> None:
         super().__init__()

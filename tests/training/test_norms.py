@@ -76,6 +76,21 @@ def test_norm_and_dual_survive_tiny_and_zero_gradients(norm: Norm) -> None:
     assert (Ball(norm, 0.5).project(torch.zeros(SHAPE), torch.zeros(SHAPE)) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", [LINF, L2, L1], ids=str)
+def test_norm_and_dual_grow_with_the_row_at_every_scale(norm: Norm, dtype: torch.dtype) -> None:
+    """Squares leave the range of the numbers at half of its exponents."""
+    info, x = torch.finfo(dtype), draw(6, 3, 5, dtype=dtype)
+    low, high = math.log10(info.tiny / info.eps), math.log10(info.max) - 3
+    for exponent in range(math.ceil(low), math.floor(high)):
+        scale = 10.0**exponent
+        torch.testing.assert_close(norm.measure(x * scale) / scale, norm.measure(x))
+        torch.testing.assert_close(norm.dual(x * scale) / scale, norm.dual(x))
+    mixed = torch.cat([x * 10.0 ** round(0.6 * low), x, x[:1] * 0, x * 10.0 ** round(0.6 * high)])
+    alone = torch.cat([norm.measure(row[None]) for row in mixed])
+    torch.testing.assert_close(norm.measure(mixed), alone, rtol=1e-5, atol=0)
+
+
 @norms
 def test_projection_is_the_nearest_point(norm: Norm) -> None:
     x, radius = 3 * draw(*SHAPE), torch.tensor([0.0, 0.5, 2, 1e3], dtype=torch.float64)

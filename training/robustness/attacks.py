@@ -71,8 +71,6 @@ class _Search:
     def __init__(
         self, objective: Objective, centres: Tensor, ball: Ball, start: Tensor, least: int | None, batch_size: int
     ) -> None:
-        if not centres.is_floating_point() or centres.dtype in (torch.float16, torch.bfloat16):
-            raise InputError(f"attacks run in float32 or float64, not {centres.dtype}")
         outside = float(torch.maximum(ball.low - centres, centres - ball.high).max()) if centres.numel() else 0.0
         if not outside <= TOLERANCE:
             raise InputError(
@@ -96,6 +94,9 @@ class _Search:
             InputError: If the loss is not finite, or does not depend on the points.
         """
         rows, losses, gradients, done = self.active, [], [], []
+        if not len(rows):
+            self.trace.append(self.loss.clone())
+            return self.loss, self.gradient, self.done
         for first in range(0, len(rows), self.batch_size):
             part, some = rows[first : first + self.batch_size], points[first : first + self.batch_size]
             some = some.detach().requires_grad_(gradient)
@@ -109,7 +110,7 @@ class _Search:
             done.append(value.done)
         loss, slope, reached = torch.cat(losses), torch.cat(gradients), torch.cat(done)
         self.passes += len(rows)
-        if not bool(torch.isfinite(loss).all()) or not bool(torch.isfinite(slope.sum())):
+        if not bool(torch.isfinite(loss).all()) or not bool(torch.isfinite(slope).all()):
             bad = int(rows[~torch.isfinite(loss)][:1]) if not bool(torch.isfinite(loss).all()) else int(rows[0])
             raise InputError(f"the loss or its gradient is not finite near example {bad}; the model has diverged")
         if gradient:
@@ -163,7 +164,7 @@ def pgd(
 
     Args:
         objective: What to maximise.
-        centres: The examples ``(B, ...)``, float32 or float64, inside the ball's box.
+        centres: The examples ``(B, ...)``, float32 or float64, inside the ball's box; there may be none.
         ball: Where perturbed examples may lie.
         steps: Gradient steps; each costs a forward and a backward pass, and the last point a forward pass.
         step_size: Length of a step as a fraction of the radius.
@@ -173,7 +174,8 @@ def pgd(
         batch_size: Examples per forward pass.
 
     Raises:
-        InputError: If the examples leave the box, or the loss is not finite or not differentiable.
+        InputError: For examples of another dtype or outside the box, or a loss that is not finite or not
+            differentiable.
     """
     points = _begin(centres, ball, start, seed)
     search = _Search(objective, centres, ball, points, least, batch_size)
@@ -282,6 +284,7 @@ def square(
         delta = torch.where(pattern != 0, height * pattern, delta)
         return near.project(centre + delta, centre)
 
+    _check_dtype(centres)
     if start is None:
         stripes = signs(1, channels, 1, width).expand(count, channels, height, width)
         size = ball.norm.measure(stripes)
@@ -303,7 +306,13 @@ def square(
     return search.result(max(queries - 1, 0))
 
 
+def _check_dtype(centres: Tensor) -> None:
+    if centres.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"attacks run in float32 or float64, not {centres.dtype}; divide 8-bit pixels by 255")
+
+
 def _begin(centres: Tensor, ball: Ball, start: Tensor | None, seed: int) -> Tensor:
+    _check_dtype(centres)
     if start is not None:
         return ball.project(start, centres)
     return ball.random(centres, torch.Generator().manual_seed(seed))

@@ -63,6 +63,8 @@ class Ball:
 
         Exact for linf, l2 and l1; for the Fourier norms see :meth:`FourierLInf.project_in_box`.
         """
+        if not len(centres):
+            return centres.clone()
         if isinstance(self.norm, LInfNorm):
             epsilon = per_row(self.epsilon, centres)
             lower = (centres - epsilon).clamp(min=self.low)

@@ -142,7 +142,13 @@ class L2Norm(_Thresholded):
 
     def measure(self, x: Tensor) -> Tensor:
         """See :class:`Norm`."""
-        norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+        flat, info = x.flatten(1), torch.finfo(x.dtype)
+        norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+        # Squares of small entries underflow, and those of large ones overflow: there the largest becomes 1 first.
+        far = ~((norms > math.sqrt(info.tiny) / info.eps) & (norms < math.inf))
+        if far.any():
+            largest = _farthest(flat[far]).clamp(min=info.tiny)
+            norms[far] = largest * torch.linalg.vector_norm(flat[far] / largest[:, None], dim=1)
         return norms
 
     def dual(self, g: Tensor) -> Tensor:
@@ -151,10 +157,7 @@ class L2Norm(_Thresholded):
 
     def steepest(self, g: Tensor) -> Tensor:
         """``g / ‖g‖₂``."""
-        tiny = torch.finfo(g.dtype).tiny
-        # The squares of small gradients underflow, so the largest entry becomes 1 first.
-        scaled = g / per_row(_farthest(g).clamp(min=tiny), g)
-        return scaled / per_row(self.measure(scaled).clamp(min=tiny), g)
+        return g / per_row(self.measure(g).clamp(min=torch.finfo(g.dtype).tiny), g)
 
     def project(self, x: Tensor, radius: Tensor | float) -> Tensor:
         """``x min(1, radius / ‖x‖₂)``."""
@@ -269,6 +272,8 @@ class FourierLInf(Norm):
         """Half of the spectrum of a real picture, complex ``(B, ..., H, W // 2 + 1)``; the rest mirrors it."""
         if x.dim() < 3:
             raise InputError(f"{self.name}: needs pictures (B, ..., H, W), not {tuple(x.shape)}")
+        if not len(x):  # which the transform refuses
+            return torch.complex(x, x)[..., : x.shape[-1] // 2 + 1]
         spectrum: Tensor = torch.fft.rfft2(x, norm="ortho")
         return spectrum
 
