@@ -4,6 +4,8 @@ import json
 import os
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,26 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
     assert notes_on(tmp_path / f"x.{suffix}") == ["16-bit grey scaled to 8 bits"]
 
 
+def png_with_key(channels: int, key: bytes, rows: NDArray[np.uint16]) -> bytes:
+    """A 16-bit PNG, grey or RGB, one of whose colours is transparent."""
+    scanlines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 0 if channels == 1 else 2, 0, 0, 0)
+    parts = [b"IHDR" + header, b"tRNS" + key, b"IDAT" + zlib.compress(scanlines), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("level", [0, 300, 40_000, 65_535])
+def test_the_transparent_colour_of_16_bits_is_laid_on_white(tmp_path: Path, channels: int, level: int) -> None:
+    rows = np.array([[20_000, level, 50_000]], np.uint16).repeat(channels).reshape(1, 3, channels)
+    (tmp_path / "x.png").write_bytes(png_with_key(channels, struct.pack(">H", level) * channels, rows))
+    assert [int(value) for value in pixels(decode(tmp_path / "x.png"))[0, 1]] == [255] * 3
+    assert [int(value) for value in pixels(decode(tmp_path / "x.png"))[0, 0]] == [78] * 3
+    assert "transparency laid on white" in notes_on(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("value", [np.float32(0.5), np.int32(70000), np.int32(-1)])
 def test_pixels_without_a_defined_range_are_refused(tmp_path: Path, value: np.generic) -> None:
     Image.fromarray(np.full((2, 2), value)).save(tmp_path / "x.tiff")
@@ -178,6 +200,22 @@ def test_decompression_bombs_are_refused_by_their_header(
     assert "3000000000" in message or "60000x50000" in message
     (tmp_path / "small.png").write_bytes(png_header(6, 5))
     assert "cannot be decoded" in refusal(tmp_path / "small.png")
+
+
+def test_nothing_of_pillow_reaches_the_terminal(tmp_path: Path) -> None:
+    noise(8, 8).save(tmp_path / "large.png")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 270, 2, 900, 900)  # a text beyond the end
+    noise(8, 8).save(tmp_path / "exif.jpg", exif=exif)
+    noise(8, 8).convert("P").save(tmp_path / "palette.png", transparency=bytes(256))
+    (tmp_path / "frames.png").write_bytes(png_header(6, 5).replace(b"IDAT", b"acTL", 1))
+    program = (
+        "import sys; from pathlib import Path; from PIL import Image; Image.MAX_IMAGE_PIXELS = 40\n"
+        "from training.data.image_folders import Quarantine, decode_all, find_images\n"
+        "print(len(list(decode_all(find_images([Path(sys.argv[1])]), Quarantine()))))"
+    )
+    answer = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert answer.stdout == "3\n"
+    assert answer.stderr == ""
 
 
 def test_fingerprints_are_of_the_content_alone(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from training.data.colour_profiles import to_srgb
+from training.data.image_bounds import check_exif, check_structure
 from training.errors import InputError
 
 DECODER_VERSION = 2
@@ -34,6 +36,8 @@ _TO_UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_UNREADABLE = "not a readable picture; convert it to JPEG or PNG, or remove it"
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
 # What they tell of a file is refused or noted here; on a terminal they would print lines of Pillow's source.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -61,16 +65,23 @@ class Picture:
 
 @cache
 def raster_formats() -> tuple[str, ...]:
-    """Formats Pillow decodes itself; leaves out video, and PostScript, which would start Ghostscript."""
+    """Formats Pillow decodes itself, and HEIC where there is a decoder for it; leaves out video, and PostScript, which
+    would start Ghostscript."""
     Image.init()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
     return tuple(name for name in Image.OPEN if Image.MIME.get(name, "").startswith("image/"))
 
 
 def decode(path: Path, side: int | None = None) -> Image.Image:
     """Decodes a picture file to upright 8-bit RGB.
 
-    EXIF rotation is applied, transparency is laid on white, CMYK is converted, 16-bit grey is scaled to
-    8 bits, and of several frames the first is taken.
+    EXIF rotation is applied, colour profiles are converted to sRGB, transparency is laid on white, CMYK is
+    converted, 16-bit grey is scaled to 8 bits, and of several frames the first is taken.
 
     Args:
         path: The file.
@@ -79,7 +90,8 @@ def decode(path: Path, side: int | None = None) -> Image.Image:
 
     Raises:
         InputError: If the file is missing, empty, truncated, no picture, of a pixel format without a
-            defined range, or has more than :data:`MAX_PIXELS` pixels (found without decoding).
+            defined range, or has more than :data:`MAX_PIXELS` pixels or is otherwise made to keep a decoder busy
+            (found without decoding, see :mod:`training.data.image_bounds`).
     """
     return _decode(_read(path)[0], str(path), MAX_PIXELS, raster_formats(), side)[0]
 
@@ -155,6 +167,7 @@ def _decode(
 ) -> tuple[Image.Image, list[str]]:
     """The picture, and a note for every conversion that changes what is seen."""
     try:
+        check_structure(data)
         with Image.open(BytesIO(data), formats=tuple(formats)) as image:
             width, height = image.size
             if width * height > max_pixels:
@@ -162,13 +175,18 @@ def _decode(
             notes = ["several frames: the first is used"] if getattr(image, "is_animated", False) else []
             if side is not None and image.mode in ("L", "RGB", "CMYK"):
                 image.thumbnail((side, side))  # before loading, so that less is decoded where the format allows it
+            if image.tile and image.tile[0][3] == "RGB;16B" and "transparency" in image.info:
+                # Pillow keeps the upper half of each channel, but the transparent colour whole.
+                image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
             image.load()
             upright = _to_rgb(image, notes)
         if side is not None:
             upright.thumbnail((side, side))
         return upright, notes
     except UnidentifiedImageError as error:
-        raise InputError(f"{name}: not a readable picture; convert it to JPEG or PNG, or remove it") from error
+        heic = data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS
+        what = "a HEIC picture; pip install 'vse-app[heic]' to read it" if heic else _UNREADABLE
+        raise InputError(f"{name}: {what}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name}: too large to decode safely ({error}); shrink or remove it") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble on
@@ -177,21 +195,20 @@ def _decode(
 
 
 def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    profile = image.info.get("icc_profile")
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = _orientation(image)
     except Exception:  # damaged metadata does not make the pixels unusable
         orientation = None
         notes.append("unreadable EXIF ignored")
 
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixels of mode {image.mode} outside 0..65535 have no defined brightness")
-        # convert("L") would clip at 255.
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        image = _eight_bits(image)
         notes.append("16-bit grey scaled to 8 bits")
     if image.mode == "CMYK":
         notes.append("CMYK converted to RGB")
+    if profile:
+        image = _without_profile(image, profile, notes)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -200,7 +217,39 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     if orientation in _TO_UPRIGHT:
         image = image.transpose(_TO_UPRIGHT[orientation])
         notes.append("rotated as its EXIF says")
+    image.info.clear()  # whoever saves the pixels must not pass on a profile or position that is not theirs
     return image
+
+
+def _orientation(image: Image.Image) -> int | None:
+    exif = image.info.get("exif", b"")
+    if not exif and (text := image.info.get("Raw profile type exif")):  # as ImageMagick writes it into PNG
+        exif = bytes.fromhex("".join(text.split("\n")[3:]))
+    check_exif(exif)
+    return image.getexif().get(ExifTags.Base.Orientation)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as L, or as LA where one level is transparent; convert() would clip at 255."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixels of mode {image.mode} outside 0..65535 have no defined brightness")
+    grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
+    return grey
+
+
+def _without_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+    try:
+        converted = to_srgb(image, profile)
+    except ValueError as error:
+        notes.append(f"{error} ignored")
+        return image
+    if converted is None:
+        return image
+    notes.append("colour profile converted to sRGB")
+    return converted
 
 
 @dataclass(frozen=True)
