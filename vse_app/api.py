@@ -254,11 +254,11 @@ class Api:
     def _handler(self, status: int) -> Callable[[Request, Exception], JSONResponse]:
         def answer(request: Request, error: Exception) -> JSONResponse:
             code = error.status if isinstance(error, Refused) else status
-            return JSONResponse({"detail": self._line(error)}, code, {"retry-after": "1"} if code == 503 else None)
+            return JSONResponse({"detail": self.line(error)}, code, {"retry-after": "1"} if code == 503 else None)
 
         return answer
 
-    def _line(self, error: Exception) -> str:
+    def line(self, error: Exception) -> str:
         """What is wrong in one line, which can be sent whatever a file or field is called."""
         line = " ".join(str(error).encode(errors="replace").decode().split())
         if not self.show_paths:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 from asyncio import wrap_future
-from collections.abc import Awaitable, Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +16,15 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr
 from fastapi import FastAPI
 
-from vse_app.api import MOST_RESULTS, Api, Refused, parse_conditions
+from vse_app.api import MOST_RESULTS, Api, parse_conditions
 from vse_app.queries import Query
 from vse_app.search_engine import SearchEngine
 from vse_app.search_service import Options
 from vse_app.uploads import MAX_BYTES
 from vse_app.web.model_tab import model_tab
+from vse_app.web.page_guards import GuardedBlocks, OpenRoutes
 from vse_app.web.robustness_tab import RobustnessTab
-from vse_app.web.search_tab import REFUSALS, SearchTab
+from vse_app.web.search_tab import SearchTab
 
 if TYPE_CHECKING:
     from vse_app.server import Serving
@@ -58,13 +58,17 @@ def mount_page(app: FastAPI, api: Api, serving: Serving) -> None:
         enable_monitoring=False,
         mcp_server=find_spec("mcp") is not None,
     )
+    # Mounted, the page would take every path that the API has with another method, or a slash more.
+    mount = app.router.routes.pop()
+    app.router.default = OpenRoutes(mount.app)  # type: ignore[attr-defined]
 
 
 def build_page(api: Api, serving: Serving) -> gr.Blocks:
     """The page's three tabs and the functions that MCP clients call."""
     info, examples = api.service.call(_facts).result()
     name = serving.gallery.resolve().name
-    with gr.Blocks(title=f"{name} · vse", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT)) as page:
+    title = f"{name} · vse"
+    with GuardedBlocks(api.line, title=title, analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT)) as page:
         gr.HTML(_header(name, info), elem_id="vse-header")
         with gr.Tabs() as tabs:
             with gr.Tab("Search", id="search"):
@@ -135,20 +139,7 @@ def _tools(api: Api) -> None:
         return json.dumps(await api.health_record())
 
     for tool in (search_pictures, more_like, audit_record, health):
-        gr.api(_refusing(tool), concurrency_limit=8)
-
-
-def _refusing(tool: Callable[..., Awaitable[str]]) -> Callable[..., Awaitable[str]]:
-    """The tool, saying what was wrong with a call in one line and without a trace in the log."""
-
-    @wraps(tool)
-    async def refusing(*arguments: Any, **named: Any) -> str:
-        try:
-            return await tool(*arguments, **named)
-        except (*REFUSALS, Refused) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return refusing
+        gr.api(tool, queue=False)  # MCP calls of functions that queue would come back to this server by HTTP
 
 
 def _theme() -> gr.themes.Base:

@@ -133,7 +133,7 @@ class RobustnessTab:
                 else:
                     yield self._outcome(found, request)
         except (InputError, GalleryError, Busy) as error:
-            yield status(str(error), "error"), *keep
+            yield status(self._api.line(error), "error"), *keep
 
     def _prepare(self, item: int | None, sent: str | None) -> tuple[AttackTarget, Image.Image]:
         """The gallery as it is now, prepared once for as long as it stays the same."""

@@ -11,18 +11,16 @@ from urllib.parse import urlencode
 import gradio as gr
 from anyio import to_thread
 
-from index.errors import GalleryError
 from training.errors import InputError
 from vse_app.api import MOST_TEXT, MOST_UPLOADS, Api, parse_conditions
 from vse_app.queries import Query
 from vse_app.search_engine import Facts
-from vse_app.search_service import Busy, Options
+from vse_app.search_service import Options
 from vse_app.web import calls, why
 from vse_app.web.cards import Record, cards, empty, status
-from vse_app.web.upload import Upload, read
+from vse_app.web.page_guards import REFUSALS
+from vse_app.web.upload import Upload, Uploads, read
 
-REFUSALS = (InputError, GalleryError, Busy)
-"""What is shown as one line; anything else is a bug."""
 SAME = 0.95
 """Cosine from which pictures are near-duplicates."""
 _RESULTS, _MOST_RESULTS = 12, 100
@@ -106,7 +104,7 @@ class SearchTab:
             self.calls = gr.HTML("", elem_id="vse-calls")
         if not self._api.read_only:
             with gr.Accordion("Add pictures to the gallery", open=False, elem_id="vse-add"):
-                self.files = gr.File(
+                self.files = Uploads(
                     label=f"JPEG, PNG, WebP, GIF or BMP; up to {MOST_UPLOADS}",
                     file_count="multiple",
                     elem_id="vse-files",
@@ -174,7 +172,7 @@ class SearchTab:
             started = time.perf_counter()
             answer = await wrap_future(self._service.submit(query, options))
         except REFUSALS as error:
-            return [gr.skip(), status(str(error), "error"), "", gr.skip(), gr.skip(), gr.skip()]
+            return [gr.skip(), status(self._api.line(error), "error"), "", gr.skip(), gr.skip(), gr.skip()]
         seconds = time.perf_counter() - started
         records = [self._api.record(result) for result in answer]
         grid = cards(records, self._service.cut, changeable=not self._api.read_only, likely_only=likely)
@@ -221,7 +219,7 @@ class SearchTab:
             if action == "why" and record:
                 return {self.why: await why.why(self._api, record, (text or "").strip())}
         except REFUSALS as error:
-            return {self.said: status(str(error), "error")}
+            return {self.said: status(self._api.line(error), "error")}
         return {self.said: gr.skip()}
 
     async def _add(self, files: list[str] | None, caption: str | None, again: int) -> list[Any]:
@@ -233,12 +231,12 @@ class SearchTab:
             try:
                 pictures.append(await to_thread.run_sync(read, file))
             except InputError as error:
-                refused.append(str(error))
+                refused.append(self._api.line(error))
         try:
             if pictures:
                 await to_thread.run_sync(self._service.add, pictures, Facts((caption or "").strip() or None))
         except (*REFUSALS, OSError) as error:
-            return [status(str(error), "error"), gr.skip(), gr.skip()]
+            return [status(self._api.line(error), "error"), gr.skip(), gr.skip()]
         if len(files) > MOST_UPLOADS:
             refused.append(f"Send at most {MOST_UPLOADS} at a time; the rest was left out.")
         said = " ".join([f"{len(pictures)} added.", *refused])
