@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.errors import InputError
+
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def text_fault(text: str) -> str | None:
+    """What in ``text`` no file, hash or tokenizer takes; None if it can be used."""
+    found = _UNUSABLE.search(text)
+    return found and ("a NUL character" if found[0] == "\0" else f"half a character (\\u{ord(found[0]):04x})")
 
 
 class ImageSource(Protocol):
@@ -51,9 +60,10 @@ class Corpus:
             there are pictures.
         weights: How many pairs each one stands for, float64 ``(C,)``, where duplicates have been left out; None
             where every pair stands for itself.
+        notes: What reading left out or repaired, one line each.
 
     Raises:
-        InputError: On duplicate identifiers, a caption that is empty or owned by no image, an image
+        InputError: On duplicate identifiers, a caption that is empty, unusable or owned by no image, an image
             without captions, or lengths that disagree.
     """
 
@@ -66,6 +76,7 @@ class Corpus:
     images: Sequence[ImageSource] = ()
     features: NDArray[np.floating] | None = None
     weights: NDArray[np.float64] | None = None
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         where = f"{self.name} [{self.split}]"
@@ -92,6 +103,8 @@ class Corpus:
         for caption_id, caption in zip(self.caption_ids, self.captions, strict=True):
             if not caption.strip():
                 raise InputError(f"{where}: caption {caption_id!r} is empty; write it or remove it")
+            if fault := text_fault(caption):
+                raise InputError(f"{where}: caption {caption_id!r} holds {fault}; remove it")
         alone = np.flatnonzero(np.bincount(self.owner, minlength=len(self.image_ids)) == 0)
         if len(alone):
             raise InputError(
@@ -133,6 +146,7 @@ class Corpus:
             images=[self.images[i] for i in chosen] if self.images else (),
             features=self.features[chosen] if self.features is not None else None,
             weights=weights,
+            notes=self.notes,
         )
 
     def fingerprint(self, side: str) -> str:
@@ -143,7 +157,8 @@ class Corpus:
                 digest.update(self.features[start : start + 1024].tobytes())
             return digest.hexdigest()
         parts = self.captions if side == "text" else [source.fingerprint for source in self.images]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        # No part holds a NUL. A file's name may be no UTF-8.
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def concatenate(parts: Sequence[Corpus]) -> Corpus:
@@ -171,4 +186,5 @@ def concatenate(parts: Sequence[Corpus]) -> Corpus:
         weights=None
         if all(part.weights is None for part in parts)
         else np.concatenate([np.ones(len(p)) if p.weights is None else p.weights for p in parts]),
+        notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -24,25 +25,46 @@ _SIGNS = {
     "folder": ("captions.csv", "captions.jsonl", "**/*.txt"),
 }
 _DEFAULT_SCENES = 6000
+_NOTES_SAID = 5  # at the start of whatever is done with the data
 
 
 def load_corpus(spec: str, split: str) -> Corpus:
-    """Reads one split, or several joined, of a data set.
+    """Reads one split, or several joined, of a data set; what was left out or repaired is said on stderr.
 
     Args:
-        spec: ``KIND:PATH`` with kind ``karpathy``, ``coco``, ``precomputed``, ``folder`` or ``dedup``; ``PATH``
-            alone, whose kind is detected from its files; or ``scenes[:N]``, N generated images.
-        split: A split's name, or several joined by ``+`` such as ``train+restval``.
+        spec: As in :func:`read_corpus`.
+        split: As in :func:`read_corpus`.
 
     Raises:
-        InputError: On an unknown kind or split, or files that cannot be used.
+        InputError: As :func:`read_corpus`.
 
     Example:
         >>> load_corpus("scenes:60", "train").split
         'train'
     """
+    corpus = read_corpus(spec, split)
+    for note in corpus.notes[:_NOTES_SAID]:
+        print(note, file=sys.stderr)
+    if len(corpus.notes) > _NOTES_SAID:
+        print(f"{len(corpus.notes) - _NOTES_SAID} more such notes; `vse data check {spec}` has all", file=sys.stderr)
+    return corpus
+
+
+def read_corpus(spec: str, split: str) -> Corpus:
+    """Reads one split, or several joined, of a data set.
+
+    Args:
+        spec: ``KIND:PATH`` with kind ``karpathy``, ``coco``, ``precomputed``, ``folder`` or ``dedup``; ``PATH``
+            alone, whose kind is detected from its files; or ``scenes[:N]``, N generated images.
+        split: A split's name, or several joined by ``+`` such as ``train+restval``; a split that has a ``+`` in its
+            own name goes first.
+
+    Raises:
+        InputError: On an unknown kind or split, or files that cannot be used.
+    """
     kind, path = _resolve(spec)
-    return concatenate([_read(kind, path, part) for part in split.split("+")])
+    parts = [split] if "+" not in split or split in available_splits(spec) else split.split("+")
+    return concatenate([_read(kind, path, part) for part in parts])
 
 
 def available_splits(spec: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from training.data.corpus import Corpus
-from training.data.formats.records import find_picture, member, parse_json, read_text
+from training.data.formats.records import PictureFinder, member, parse_json, read_text
 from training.data.images import ImageFile
 from training.errors import InputError
 
@@ -30,24 +30,25 @@ def read(directory: Path, split: str) -> Corpus:
     split = _split_of(path)
     content = parse_json(read_text(path), str(path))
     folders = [directory / split, directory / "images" / split, directory / "images", directory]
+    find = PictureFinder()
 
-    position: dict[int, int] = {}
+    position: dict[str, int] = {}
     image_ids, images = [], []
     for i, record in enumerate(member(content, "images", list, str(path))):
         where = f"{path}: images[{i}]"
-        image_id = member(record, "id", int, where)
+        image_id = _id(record, "id", where)
         position[image_id] = i
-        image_ids.append(str(image_id))
-        images.append(ImageFile(find_picture(folders, member(record, "file_name", str, where), where)))
+        image_ids.append(image_id)
+        images.append(ImageFile(find(folders, member(record, "file_name", str, where), where)))
 
     captions, caption_ids, owner = [], [], []
     for i, record in enumerate(member(content, "annotations", list, str(path))):
         where = f"{path}: annotations[{i}]"
-        image_id = member(record, "image_id", int, where)
+        image_id = _id(record, "image_id", where)
         if image_id not in position:
             raise InputError(f"{where}: image_id {image_id} is not among the images; remove the record")
         captions.append(member(record, "caption", str, where))
-        caption_ids.append(str(member(record, "id", int, where)))
+        caption_ids.append(_id(record, "id", where))
         owner.append(position[image_id])
     return Corpus(
         name=f"coco:{directory.resolve().name}",
@@ -63,6 +64,12 @@ def read(directory: Path, split: str) -> Corpus:
 def splits(directory: Path) -> list[str]:
     """The splits that have an annotation file."""
     return list(_annotation_files(directory))
+
+
+def _id(record: object, key: str, where: str) -> str:
+    """COCO's own ids are integers; other data in its layout have strings."""
+    is_text = isinstance(record, dict) and isinstance(record.get(key), str)
+    return member(record, key, str, where) if is_text else str(member(record, key, int, where))
 
 
 def _split_of(path: Path) -> str:

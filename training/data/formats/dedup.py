@@ -14,6 +14,9 @@ from training.data.formats.records import member, parse_json, read_text
 from training.errors import InputError
 from training.files import write_text
 
+_MOST_PAIRS = 10**9  # more than any data set has; sums of larger weights would lose the smaller ones
+_MOST_FILES = 16  # that lead from one to the next
+
 
 def read(path: Path, split: str) -> Corpus:
     """Reads the kept captions of the split that was deduplicated, with weights; other splits as they are.
@@ -23,7 +26,8 @@ def read(path: Path, split: str) -> Corpus:
         split: A split of the data it names.
 
     Raises:
-        InputError: On bad JSON, a caption that the data does not have, or a weight below 1.
+        InputError: On bad JSON, a caption that the data does not have, a weight that is no number of pairs, or
+            files that name each other.
     """
     from training.data.formats import load_corpus  # which reads this format, too
 
@@ -35,8 +39,10 @@ def read(path: Path, split: str) -> Corpus:
     for caption_id, weight in record["weights"].items():
         if caption_id not in index:
             raise InputError(f"{path}: {record['data']} [{split}] has no caption {caption_id!r}; make the file anew")
-        if type(weight) not in (int, float) or not weight >= 1:
-            raise InputError(f"{path}: caption {caption_id!r}: weight {weight!r} is not a number of pairs; correct it")
+        if type(weight) not in (int, float) or not 1 <= weight <= _MOST_PAIRS:
+            raise InputError(
+                f"{path}: caption {caption_id!r}: weight {weight!r:.40} is not a number of pairs; correct it"
+            )
     chosen = np.array([index[caption_id] for caption_id in record["weights"]], dtype=np.int64)
     return corpus.select(chosen, np.array(list(record["weights"].values()), dtype=np.float64))
 
@@ -61,6 +67,16 @@ def write(path: Path, data: str, split: str, weights: Mapping[str, int]) -> None
 
 
 def _record(path: Path) -> dict[str, Any]:
+    """The file's record, if the data that it names are found at last."""
+    record = following = _parsed(path)
+    for _ in range(_MOST_FILES):
+        if not following["data"].startswith("dedup:"):
+            return record
+        following = _parsed(Path(following["data"].removeprefix("dedup:")).expanduser())
+    raise InputError(f"{path}: 'data' leads from one dedup file to another without end; name the data themselves")
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     record = parse_json(read_text(path), str(path))
     for key, kind in (("data", str), ("split", str), ("weights", dict)):
         member(record, key, kind, str(path))

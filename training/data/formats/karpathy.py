@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from training.data.corpus import Corpus
-from training.data.formats.records import find_picture, in_split, member, parse_json, read_text
+from training.data.formats.records import PictureFinder, check_text, in_split, inside, member, parse_json, read_text
 from training.data.images import ImageFile
 from training.errors import InputError
 
@@ -40,12 +40,12 @@ def read(directory: Path, split: str) -> Corpus:
     sentids = [str(s["sentid"]) for group in sentences for s in group if isinstance(s, dict) and "sentid" in s]
     has_sentids = len(set(sentids)) == sum(map(len, sentences))
 
-    chosen = in_split(splits, split, path)
+    chosen, find = in_split(splits, split, path), PictureFinder()
     images, captions, caption_ids, owner = [], [], [], []
     for position, i in enumerate(chosen):
-        subfolder = str(records[i].get("filepath", ""))
+        subfolder = inside(str(records[i].get("filepath", "")), where[i])
         folders = dict.fromkeys(path.parent / f for f in ("images", "", subfolder, f"images/{subfolder}"))
-        images.append(ImageFile(find_picture(folders, file_names[i], where[i])))
+        images.append(ImageFile(find(folders, file_names[i], where[i])))
         for j, sentence in enumerate(sentences[i]):
             captions.append(_text(sentence, f"{where[i]}.sentences[{j}]"))
             caption_ids.append(str(sentence["sentid"]) if has_sentids else f"{stems[i]}#{j}")
@@ -80,5 +80,7 @@ def _dataset_file(directory: Path) -> Path:
 
 def _text(sentence: object, where: str) -> str:
     if isinstance(sentence, dict) and not sentence.get("raw"):
-        return " ".join(map(str, member(sentence, "tokens", list, where)))
+        text = " ".join(map(str, member(sentence, "tokens", list, where)))
+        check_text(text, f"{where}: 'tokens'")
+        return text
     return member(sentence, "raw", str, where)

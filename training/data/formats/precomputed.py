@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.corpus import Corpus
-from training.data.formats.records import read_text
+from training.data.formats.records import check_text, text_lines
 from training.errors import InputError
 from training.files import replacing, write_text
 
@@ -29,19 +28,18 @@ def read(directory: Path, split: str, dev_limit: int = 5000) -> Corpus:
     Args:
         directory: Folder with the files.
         split: ``train``, ``dev`` (also called ``val``), ``test``, ``testall``, ...
-        dev_limit: Captions kept of ``dev``, as VSE++ does; cutting is announced on stderr.
+        dev_limit: Captions kept of ``dev``, as VSE++ does; cutting is noted.
 
     Raises:
-        InputError: If a file is missing or malformed, counts disagree, five rows that should be equal
-            differ, or a feature is not finite.
+        InputError: If a file is missing or malformed, a caption is empty, counts disagree, five rows that should be
+            equal differ, or a feature is not finite in single precision.
     """
     split = _canonical(split)
     captions_path, features_path, owners_path = _paths(directory, split)
     if not captions_path.is_file():
         available = ", ".join(splits(directory))
         raise InputError(f"{directory}: no {captions_path.name}; choose a split from {available or 'none'}")
-    # Not str.splitlines: it also breaks at characters such as U+2028, which shifts every later caption.
-    captions = [line.strip() for line in read_text(captions_path).removesuffix("\n").split("\n")]
+    captions, notes = _captions(captions_path), []
     features = _load(features_path)
     if features.dtype.kind != "f" or features.ndim not in (2, 3) or not features.size:
         raise InputError(
@@ -60,10 +58,9 @@ def read(directory: Path, split: str, dev_limit: int = 5000) -> Corpus:
         repeats = _repeats(len(captions), len(features), features_path)
         if split == "dev" and len(captions) > dev_limit:
             kept = dev_limit // _PER_IMAGE
-            print(
+            notes.append(
                 f"{captions_path}: dev cut to its first {kept * _PER_IMAGE} of {len(captions)} captions "
-                f"({kept} images), as in VSE++",
-                file=sys.stderr,
+                f"({kept} images), as in VSE++"
             )
             captions, features = captions[: kept * _PER_IMAGE], features[: kept * repeats]
         _check(features, features_path, repeats)
@@ -77,6 +74,7 @@ def read(directory: Path, split: str, dev_limit: int = 5000) -> Corpus:
         caption_ids=[f"{split}#{line}" for line in range(1, len(captions) + 1)],
         owner=np.asarray(owner, dtype=np.int64),
         features=features,
+        notes=notes,
     )
 
 
@@ -119,6 +117,17 @@ def _paths(directory: Path, split: str) -> tuple[Path, Path, Path]:
     )
 
 
+def _captions(path: Path) -> list[str]:
+    captions = [line.strip() for _, line in text_lines(path)]
+    while captions and not captions[-1]:  # the end of the last line, and blank lines after it
+        captions.pop()
+    for number, caption in enumerate(captions, start=1):
+        if not caption:
+            raise InputError(f"{path}: line {number} is empty; write its caption")
+        check_text(caption, f"{path}: line {number}")
+    return captions
+
+
 def _load(path: Path) -> NDArray[Any]:
     try:
         return np.lib.format.open_memmap(path, mode="r")
@@ -140,14 +149,19 @@ def _repeats(captions: int, rows: int, path: Path) -> int:
 
 
 def _check(features: NDArray[Any], path: Path, repeats: int) -> None:
-    """Refuses non-finite rows, and groups of ``repeats`` rows that differ; in blocks of bounded memory."""
+    """Refuses rows that single precision cannot hold, and groups of ``repeats`` rows that differ.
+
+    It works in blocks of bounded memory.
+    """
     group_bytes = repeats * features[0].nbytes
     step = repeats * max(1, _BLOCK_BYTES // group_bytes)
     for start in range(0, len(features), step):
         block = np.asarray(features[start : start + step]).reshape(-1, repeats, features[0].size)
-        finite = np.isfinite(block).all(axis=2).ravel()
+        with np.errstate(over="ignore"):  # which is what is looked for
+            finite = np.isfinite(block.astype(np.float32, copy=False)).all(axis=2).ravel()
         if not finite.all():
-            raise InputError(f"{path}: row {start + int(finite.argmin())} is not finite; compute its features again")
+            row = start + int(finite.argmin())
+            raise InputError(f"{path}: row {row} is not finite in single precision; compute its features again")
         same = (block == block[:, :1]).all(axis=(1, 2))
         if not same.all():
             row = start + repeats * int(same.argmin())
