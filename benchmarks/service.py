@@ -179,7 +179,7 @@ def running(gallery: Path) -> Iterator[int]:
 def distinct(source: str | None, gallery: Path) -> Iterator[str]:
     """Texts in random order, each once; when they are used up, each again with a word left out."""
     if source and source.endswith(".txt"):
-        lines: Sequence[str | None] = Path(source).read_text(encoding="utf-8").splitlines()
+        lines: Sequence[str | None] = Path(source).read_text(encoding="utf-8").split("\n")
     elif source:
         from training.data.formats import load_corpus
 

@@ -67,14 +67,14 @@ def _search(args: argparse.Namespace) -> None:
 def _queries(args: argparse.Namespace) -> list[Query]:
     import numpy as np
 
-    from training.data.formats.records import read_text
+    from training.data.formats.records import text_lines
     from training.errors import InputError
     from vse_app.queries import Query
 
     if args.queries:
         if args.text or args.image or args.like or args.vector:
             raise InputError("search: --queries stands alone; leave the text, --image, --like and --vector out")
-        queries = [Query(text=line) for line in read_text(args.queries).splitlines() if line.strip()]
+        queries = [Query(text=line) for _, line in text_lines(args.queries) if line.strip()]
         if not queries:
             raise InputError(f"{args.queries}: holds no text; write one query a line")
         return queries

@@ -15,6 +15,7 @@ from index.tuning import FEWEST_QUERIES
 from training.config import read_toml
 from training.data.corpus import Corpus
 from training.data.formats import load_corpus
+from training.data.formats.records import text_lines
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
 from training.models.features import encode_corpus
@@ -70,7 +71,7 @@ def read_queries(
             raise InputError(f"{path}: {error}; give float vectors (N, {gallery.dim})") from error
         return TuningQueries(np.array(vectors[:MOST], np.float32), f"{len(vectors):,} vectors of {path.name}")
     if path.suffix == ".txt" and path.is_file():
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:MOST]
+        texts = [line for _, line in text_lines(path) if line.strip()][:MOST]
         return TuningQueries(load_model().encode_texts(texts).numpy(), f"{len(texts):,} texts of {path.name}")
     return _of_corpus(load_model(), load_corpus(given, split), f"{given} [{split}]")
 

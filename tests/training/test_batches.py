@@ -10,6 +10,7 @@ from PIL import Image
 from training.data.batches import Batch, Features, Pairs, Pixels, ShuffledBatches, Tokens, load_epoch
 from training.data.image_transform import ImageTransform
 from training.data.text import WordTokenizer
+from training.errors import InputError
 
 OWNER = np.repeat(np.arange(4), 3)
 CAPTIONS = [f"a {'very ' * (c % 4)}small dog" for c in range(12)]
@@ -123,6 +124,21 @@ def test_kept_pictures_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert loads(True, ImageTransform(16, 16, augment="crop")) == [2, 2, 2]
     monkeypatch.setattr("training.data.batches.PIXEL_MEMORY", 3 * 3 * 16 * 16 - 1)
     assert loads(keep=True) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_the_same_one_line_from_a_worker_process(workers: int) -> None:
+    def refuse() -> Image.Image:
+        raise InputError("noise 2: cannot be decoded; replace or remove it")
+
+    pictures = [Picture(i) for i in range(4)]
+    pictures[2].load = refuse  # type: ignore[method-assign]
+    data = Pairs(Pixels(pictures, ImageTransform(16, 16)), Tokens(CAPTIONS, WordTokenizer.fit(CAPTIONS, 1)), OWNER)
+    batches = load_epoch(data, 0, [[0, 1], [2, 3], [4, 6], [9, 10]], workers)
+    assert [next(batches).pairs.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(InputError) as refused:
+        next(batches)
+    assert str(refused.value) == "noise 2: cannot be decoded; replace or remove it"
 
 
 def test_features_are_fetched_as_float32_rows_or_ragged_tokens() -> None:

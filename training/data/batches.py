@@ -20,6 +20,7 @@ from training.data.image_transform import ImageTransform
 from training.data.images import DECODER_VERSION
 from training.data.padded import Padded, pad
 from training.data.text import Tokenizer
+from training.errors import InputError
 
 PIXEL_MEMORY = 2 << 30  # bytes of decoded pictures that are kept rather than decoded again every epoch
 
@@ -232,20 +233,43 @@ class ShuffledBatches:
             yield order[position * self.batch_size : end].tolist()
 
 
-def load_epoch(pairs: Pairs, epoch: int, order: Iterable[list[int]], workers: int) -> DataLoader[Batch]:
-    """A loader over what is left of an epoch, optionally with worker processes.
+class _Attempts(Dataset["Batch | InputError"]):
+    """Batches, or the errors that say why there are none.
+
+    An error that a worker process raises reaches the parent with the worker's traceback in its message.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+
+    def __getitem__(self, pairs: Sequence[int]) -> Batch | InputError:
+        try:
+            return self._pairs[pairs]
+        except InputError as error:
+            return error
+
+
+def load_epoch(pairs: Pairs, epoch: int, order: Iterable[list[int]], workers: int) -> Iterator[Batch]:
+    """What is left of an epoch, optionally read by worker processes.
 
     Args:
         pairs: The data.
         epoch: Its number, which decides augmentation.
         order: Index lists of the batches.
         workers: Number of processes.
+
+    Raises:
+        InputError: If a picture of the next batch cannot be used.
     """
     pairs.epoch = epoch
-    return DataLoader(
-        pairs,
+    loader = DataLoader(
+        _Attempts(pairs),
         sampler=list(order),
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),  # else each loader would draw from the global one, and a resumed run would differ
     )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch

@@ -157,8 +157,7 @@ class Corpus:
                 digest.update(self.features[start : start + 1024].tobytes())
             return digest.hexdigest()
         parts = self.captions if side == "text" else [source.fingerprint for source in self.images]
-        # No part holds a NUL. A file's name may be no UTF-8.
-        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()  # no part holds a NUL
 
 
 def concatenate(parts: Sequence[Corpus]) -> Corpus:

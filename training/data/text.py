@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +19,12 @@ from training.errors import InputError
 from training.files import write_text
 
 VOCABULARY_FILE = "vocabulary.json"
-_WORDS = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
+_WORDS_V1 = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces between words.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+_UNSPACED += "\uaa60-\uaa7f\uf900-\ufaff\U00020000-\U0003ffff"
+MOST_UNKNOWN = 0.9
+"""A vocabulary that leaves more of the training captions' words out tells captions apart no longer."""
 
 
 class Tokenizer(Protocol):
@@ -35,8 +42,29 @@ class Tokenizer(Protocol):
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-cased words and punctuation marks."""
-    return _WORDS.findall(caption.lower())
+    """Lower-cased words and punctuation marks, the same however the caption is encoded.
+
+    Compatibility forms are composed (NFKC), so that "é" is one character and "Ａ" is "A"; apostrophes are straight.
+    Combining marks (accents, the vowel signs of Indic scripts, of Arabic and Hebrew) and joiners belong to the
+    character before them. Scripts that put no spaces between words are split into characters with their marks.
+    """
+    if caption.isascii():  # the same, several times as fast
+        return _split_words_v1(caption)
+    return _words().findall(unicodedata.normalize("NFKC", caption).replace("’", "'").lower())
+
+
+@cache
+def _words() -> re.Pattern[str]:
+    # Python's \w has letters and digits, but no combining marks; beyond this range are none but variation selectors.
+    codes = map(chr, range(0x300, 0x1F000))
+    marks = "".join(code for code in codes if unicodedata.category(code).startswith("M"))
+    marks = f"[{marks}\U000e0100-\U000e01ef\u200c\u200d]*+"
+    word = rf"(?:[^\W{_UNSPACED}]++{marks})++"
+    return re.compile(rf"{word}(?:'{word})?|\S{marks}")
+
+
+def _split_words_v1(caption: str) -> list[str]:
+    return _WORDS_V1.findall(caption.lower())
 
 
 class WordTokenizer:
@@ -45,18 +73,31 @@ class WordTokenizer:
     The vocabulary is stored as JSON together with the rule that split the words, the count threshold and
     a hash of the captions it was fitted on, so that a model can never meet another model's vocabulary
     unnoticed.
+
+    Args:
+        words: Those with an id of their own.
+        min_count: How often each occurred at least.
+        source: Hash of the captions.
+        max_tokens: Longer captions are cut to this many ids, specials included.
+        rule: How captions are split, of :data:`RULES`.
+
+    Raises:
+        InputError: If ``max_tokens`` leaves no room for a word.
     """
 
     SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
-    RULE = "words-v1"
+    RULES: ClassVar[dict[str, Callable[[str], list[str]]]] = {"words-v1": _split_words_v1, "words-v2": split_words}
 
-    def __init__(self, words: Sequence[str], *, min_count: int, source: str, max_tokens: int = 64) -> None:
+    def __init__(
+        self, words: Sequence[str], *, min_count: int, source: str, max_tokens: int = 64, rule: str = "words-v2"
+    ) -> None:
         if max_tokens < 3:
             raise InputError(f"text.max_tokens {max_tokens}: must be at least 3, for <start>, a word and <end>")
         self.words = list(words)
         self.min_count = min_count
         self.source = source
         self.max_tokens = max_tokens
+        self.rule = rule
         self._ids = {word: index for index, word in enumerate((*self.SPECIALS, *self.words))}
 
     @classmethod
@@ -85,14 +126,20 @@ class WordTokenizer:
         unknown = self._ids["<unk>"]
         rows = []
         for caption in captions:
-            words = split_words(caption)[: self.max_tokens - 2]
+            words = self.RULES[self.rule](caption)[: self.max_tokens - 2]
             rows.append(torch.tensor([1, *(self._ids.get(word, unknown) for word in words), 2]))
         return rows
+
+    def unknown(self, captions: Iterable[str]) -> float:
+        """The share of the captions' words that are ``<unk>``, in 0..1; punctuation is not counted."""
+        split = self.RULES[self.rule]
+        missing = [word not in self._ids for caption in captions for word in split(caption) if word[0].isalnum()]
+        return sum(missing) / max(1, len(missing))
 
     def save(self, directory: Path) -> None:
         """Write ``vocabulary.json``."""
         record = {
-            "rule": self.RULE,
+            "rule": self.rule,
             "min_count": self.min_count,
             "max_tokens": self.max_tokens,
             "source": self.source,
@@ -102,20 +149,43 @@ class WordTokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> WordTokenizer:
-        """Read ``vocabulary.json``. Raises :class:`InputError` if it was written by another rule."""
+        """Read ``vocabulary.json``. Raises :class:`InputError` if its words were split by an unknown rule."""
         path = directory / VOCABULARY_FILE
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["rule"] != cls.RULE:
-                raise InputError(f"{path}: words were split by {record['rule']!r}, here by {cls.RULE!r}; update vse")
+            if record["rule"] not in cls.RULES:
+                raise InputError(f"{path}: words were split by the unknown rule {record['rule']!r}; update vse")
             return cls(
                 record["words"],
                 min_count=record["min_count"],
                 source=record["source"],
                 max_tokens=record["max_tokens"],
+                rule=record["rule"],
             )
-        except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a vocabulary ({error}); restore the run's own file") from None
+
+
+def check_vocabulary(tokenizer: WordTokenizer, captions: Sequence[str]) -> str:
+    """Says how much of the training captions the vocabulary knows.
+
+    Args:
+        tokenizer: Fitted on ``captions``.
+        captions: Those of the training split.
+
+    Raises:
+        InputError: If so few words are known that most captions would look alike to a model.
+    """
+    unknown = tokenizer.unknown(captions)
+    said = (
+        f"vocabulary: {len(tokenizer.words):,} words occur at least {tokenizer.min_count} times in "
+        f"{len(captions):,} training captions; {unknown:.1%} of all words there are <unk>"
+    )
+    if unknown > MOST_UNKNOWN or not tokenizer.words:
+        raise InputError(f"{said}; lower model.text.min_count or take an hf: text encoder")
+    return said
 
 
 class HubTokenizer:

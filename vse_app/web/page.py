@@ -117,7 +117,7 @@ def _tools(api: Api) -> None:
             k: How many results, 1 to 200.
             where: Conditions on the pictures, one a line, for example "year>=2019"; empty for none.
         """
-        conditions = parse_conditions([line for line in where.splitlines() if line.strip()])
+        conditions = parse_conditions([line.strip() for line in where.split("\n") if line.strip()])
         options = Options(min(MOST_RESULTS, max(1, k)), conditions)
         return await answer(Query(text=text), options)
 

@@ -160,7 +160,7 @@ class SearchTab:
         request: gr.Request,
     ) -> list[Any]:
         text = (text or "").strip()  # a field may be None
-        conditions = [line.strip() for line in (where or "").splitlines() if line.strip()]
+        conditions = [line.strip() for line in (where or "").split("\n") if line.strip()]
         asked: dict[str, Any] = {"text": text, "like": like, "k": int(k), "where": conditions}
         asked |= {"collapse": SAME if collapse else None, "querybank": "true" if hubs else None}
         if not (text or picture or like):

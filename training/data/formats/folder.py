@@ -14,7 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from training.data.corpus import Corpus
-from training.data.formats.records import PictureFinder, check_text, in_split, member, parse_json, read_text, text_lines
+from training.data.formats.records import (
+    PictureFinder,
+    check_text,
+    in_split,
+    member,
+    parse_json,
+    read_text,
+    text_lines,
+)
 from training.data.image_folders import find_images
 from training.data.images import ImageFile
 from training.errors import InputError

@@ -63,7 +63,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def member(record: object, key: str, kind: type[T], where: str) -> T:
-    """``record[key]``, checked to be there, of type ``kind``, and usable if it is text; else an :class:`InputError`."""
+    """``record[key]``, checked to be there, of type ``kind``, and usable as text; else an :class:`InputError`."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{where}: {key!r} is missing or not of type {kind.__name__}; correct the record")
@@ -79,15 +79,17 @@ def check_text(text: str, where: str) -> None:
 
 
 def in_split(splits: Sequence[str], split: str, where: Path) -> list[int]:
-    """Indices of the records in ``split``; of all records when it is ``"all"``.
+    """Indices of the records in ``split``; of all records when it is ``"all"`` and no split has that name.
 
     Raises:
         InputError: If there are none; lists the splits there are.
     """
-    chosen = [i for i, name in enumerate(splits) if split in (name, "all")]
+    everything = split == "all" and split not in splits
+    chosen = [i for i, name in enumerate(splits) if everything or name == split]
     if not chosen:
         counts = ", ".join(f"{name} ({n} images)" for name, n in sorted(Counter(splits).items()))
-        raise InputError(f"{where}: no images in split {split!r}; choose from {counts or 'none'}, or all")
+        choice = f"choose from {counts}, or all" if counts else "there are no images with captions at all"
+        raise InputError(f"{where}: no images in split {split!r}; {choice}")
     return chosen
 
 
