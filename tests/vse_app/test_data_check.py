@@ -148,6 +148,6 @@ def test_names_that_are_no_utf8_are_checked(tmp_path: Path) -> None:
         pytest.skip("this file system has no such names")
     Path(os.fsdecode(broken + b".png")).write_bytes(b"no picture")
     picture(tmp_path / "p.png", 0)
-    (tmp_path / "p.txt").write_text("a caption")
+    (tmp_path / "p.txt").write_text("another one")
     (problem,) = check_data(f"folder:{tmp_path}", None).problems
     assert problem.startswith(f"{os.fsdecode(broken)}.png: not a readable picture")
