@@ -18,7 +18,8 @@ class Found(BaseModel):
     score: float = Field(description="similarity, higher is better")
     probability: float | None = Field(description="that it is what the text means, if the gallery was calibrated")
     likely: bool | None = Field(description="whether that reaches the gallery's cut")
-    duplicates: list[int] = Field(description="ids of items that look the same, if those were asked to be collapsed")
+    alike: int = Field(description="how many items look the same and are left out, if those were to be collapsed")
+    duplicates: list[int] = Field(description="ids of the first of them")
     image: str = Field(description="where the picture is, relative to this server; ?side=320 for a small one")
 
 

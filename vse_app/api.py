@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import lru_cache
 from importlib.metadata import version
@@ -24,28 +24,27 @@ from PIL import Image
 from pydantic import Field
 
 from index.errors import GalleryError
-from index.filters import Condition
 from index.items import Item
 from training.data.images import decode
 from training.errors import InputError
+from vse_app import limits
 from vse_app.answers import REFUSALS, Added, Answer, Health, ItemRecord, Items, Removed
-from vse_app.queries import Query
+from vse_app.limits import Busy
+from vse_app.queries import Options, Query, parse_conditions
 from vse_app.search_engine import Facts, Result, SearchEngine
-from vse_app.search_service import Busy, Options, SearchService
+from vse_app.search_service import SearchService
 from vse_app.uploads import MAX_BYTES, read_metadata, read_upload, to_jpeg
 
 THUMBNAIL, LARGEST = 320, 1600
 """Sides in pixels of the pictures that are sent: what a list shows, and the most that may be asked for."""
-MOST_RESULTS, MOST_ITEMS, MOST_UPLOADS, MOST_TEXT = 200, 1000, 16, 2000
+MOST_ITEMS, MOST_UPLOADS = 1000, 16
 MAX_BODY = MAX_BYTES * 4
 """Bytes of a request."""
 _THUMBNAILS_KEPT = 1024
 
 T = TypeVar("T")
-Id = Annotated[int, InPath(ge=1, lt=1 << 53, description="id of an item")]
-# Reading a condition takes time that grows with the square of its length.
-MOST_CONDITION = 500
-Conditions = list[Annotated[str, Field(max_length=MOST_CONDITION)]]
+Id = Annotated[int, InPath(ge=1, lt=limits.IDS, description="id of an item")]
+Conditions = list[Annotated[str, Field(max_length=limits.CONDITION)]]
 
 
 class Api:
@@ -96,14 +95,22 @@ class Api:
 
     async def search(
         self,
-        text: Annotated[str | None, InQuery(max_length=MOST_TEXT, description="what to look for")] = None,
-        like: Annotated[int | None, InQuery(ge=1, lt=1 << 53, description="id of an item to find the like of")] = None,
-        k: Annotated[int, InQuery(ge=1, le=MOST_RESULTS, description="how many results")] = 10,
+        text: Annotated[str | None, InQuery(max_length=limits.TEXT, description="what to look for")] = None,
+        like: Annotated[
+            int | None, InQuery(ge=1, lt=limits.IDS, description="id of an item to find the like of")
+        ] = None,
+        k: Annotated[int, InQuery(ge=1, le=limits.RESULTS, description="how many results")] = 10,
         where: Annotated[
-            Conditions, InQuery(max_length=16, description="conditions that must all hold, such as year>=2019")
+            Conditions,
+            InQuery(max_length=limits.CONDITIONS, description="conditions that must all hold, such as year>=2019"),
         ] = [],  # noqa: B006  (FastAPI copies it)
         collapse: Annotated[
-            float | None, InQuery(ge=-1, le=1, description="cosine from which pictures count as the same one")
+            float | None,
+            InQuery(
+                ge=limits.LEAST_ALIKE,
+                le=limits.MOST_ALIKE,
+                description="cosine from which pictures count as the same one",
+            ),
         ] = None,
         querybank: Annotated[bool, InQuery(description="push back pictures that come up for everything")] = False,
     ) -> Response:
@@ -113,11 +120,11 @@ class Api:
     async def search_image(
         self,
         image: Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF or BMP; it is not kept")],
-        text: Annotated[str | None, Form(max_length=MOST_TEXT, description="what to look for besides")] = None,
+        text: Annotated[str | None, Form(max_length=limits.TEXT, description="what to look for besides")] = None,
         weight: Annotated[float, Form(ge=0, le=1, description="say of the text beside the picture")] = 0.5,
-        k: Annotated[int, Form(ge=1, le=MOST_RESULTS)] = 10,
-        where: Annotated[Conditions, Form(max_length=16)] = [],  # noqa: B006
-        collapse: Annotated[float | None, Form(ge=-1, le=1)] = None,
+        k: Annotated[int, Form(ge=1, le=limits.RESULTS)] = 10,
+        where: Annotated[Conditions, Form(max_length=limits.CONDITIONS)] = [],  # noqa: B006
+        collapse: Annotated[float | None, Form(ge=limits.LEAST_ALIKE, le=limits.MOST_ALIKE)] = None,
         querybank: Annotated[bool, Form()] = False,
     ) -> Response:
         """Send the picture as a multipart form."""
@@ -127,9 +134,9 @@ class Api:
 
     async def items(
         self,
-        offset: Annotated[int, InQuery(ge=0, lt=1 << 53)] = 0,
+        offset: Annotated[int, InQuery(ge=0, lt=limits.IDS)] = 0,
         limit: Annotated[int, InQuery(ge=1, le=MOST_ITEMS)] = 100,
-        where: Annotated[Conditions, InQuery(max_length=16)] = [],  # noqa: B006
+        where: Annotated[Conditions, InQuery(max_length=limits.CONDITIONS)] = [],  # noqa: B006
     ) -> Response:
         """All items, or those for which the conditions hold."""
         conditions = parse_conditions(where)
@@ -161,7 +168,9 @@ class Api:
     async def add(
         self,
         images: Annotated[list[UploadFile], File(min_length=1, max_length=MOST_UPLOADS)],
-        caption: Annotated[str | None, Form(max_length=MOST_TEXT, description="a sentence about all of them")] = None,
+        caption: Annotated[
+            str | None, Form(max_length=limits.TEXT, description="a sentence about all of them")
+        ] = None,
         metadata: Annotated[str, Form(max_length=20_000, description="a JSON object, kept with each of them")] = "{}",
     ) -> Response:
         """Send the pictures as a multipart form; they are kept without their metadata, at most 1600 pixels long."""
@@ -212,6 +221,7 @@ class Api:
             "score": result.score,
             "probability": result.probability,
             "likely": result.likely,
+            "alike": result.alike,
             "duplicates": [hit.id for hit in result.duplicates],
         }
 
@@ -303,18 +313,6 @@ async def _read(upload: UploadFile) -> Image.Image:
     data = await upload.read(MAX_BYTES + 1)
     name = Path(upload.filename or "picture").name or "picture"
     return await to_thread.run_sync(read_upload, data, name[:200])
-
-
-def parse_conditions(where: Sequence[str]) -> tuple[Condition, ...]:
-    """Conditions of at most :data:`MOST_CONDITION` characters, which take quadratic time to read.
-
-    Raises:
-        InputError: If one is longer.
-        GalleryError: If one is no condition.
-    """
-    if any(len(text) > MOST_CONDITION for text in where):
-        raise InputError(f"a condition is too long; write at most {MOST_CONDITION} characters")
-    return tuple(Condition.parse(text) for text in where)
 
 
 def _options(k: int, where: list[str], collapse: float | None, querybank: bool) -> Options:

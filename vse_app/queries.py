@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from index.filters import Condition
 from index.gallery import Gallery
+from index.items import Item
 from training.data.images import decode
 from training.errors import InputError
+from vse_app import limits
 
 _SPREAD_FLOOR = 1e-6
 
@@ -27,6 +32,9 @@ class Query:
         weight: Say of the text where both are given, from 0 to 1.
         like: Path or id of an item whose like to find; it is not among its own results.
         vector: An embedding made elsewhere with the gallery's model, float32 ``(D,)``.
+
+    Raises:
+        InputError: If one of these makes no sense, or goes beyond :mod:`vse_app.limits`.
     """
 
     text: str | None = None
@@ -39,8 +47,84 @@ class Query:
         given = [self.text is not None or self.image is not None, self.like is not None, self.vector is not None]
         if sum(given) != 1:
             raise InputError("search: give a text, --image FILE or both; or --like; or --vector")
-        if not 0 <= self.weight <= 1:
-            raise InputError(f"search: weight {self.weight}; give the text's say, from 0 to 1")
+        if self.text is not None:
+            check_text("text", self.text, limits.TEXT)
+        if isinstance(self.like, str):
+            check_text("like", self.like, limits.PATH)
+        elif self.like is not None:
+            check_id(self.like)
+        if not (_is_number(self.weight) and 0 <= self.weight <= 1):
+            raise InputError(f"search: weight {told(self.weight)}; give the text's say, from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to show of what is found; see :meth:`~vse_app.search_engine.SearchEngine.search`.
+
+    Raises:
+        InputError: If one of these makes no sense, or goes beyond :mod:`vse_app.limits`.
+    """
+
+    k: int = 10
+    where: tuple[Condition, ...] = ()
+    collapse_at: float | None = None
+    correct_hubs: bool = False
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.k, Integral) or self.k < 1:
+            raise InputError(f"search: k is {told(self.k)}; ask for at least 1 result")
+        if len(self.where) > limits.CONDITIONS:
+            raise InputError(f"search: {len(self.where)} conditions; give at most {limits.CONDITIONS}")
+        least, most = limits.LEAST_ALIKE, limits.MOST_ALIKE
+        if self.collapse_at is not None and not (_is_number(self.collapse_at) and least <= self.collapse_at <= most):
+            raise InputError(f"search: collapse {told(self.collapse_at)}; give a cosine from {least} to {most:g}")
+
+
+def condition_lines(text: Any) -> list[str]:
+    """Conditions as they are written one a line.
+
+    Raises:
+        InputError: If that is no text, or there can be too many in it.
+    """
+    check_text("filter", text, limits.CONDITIONS * (limits.CONDITION + 2))
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
+    """Conditions from how they are written, no more and no longer than :mod:`vse_app.limits` allows.
+
+    Raises:
+        InputError: If they are.
+        GalleryError: If one is no condition.
+    """
+    if len(texts) > limits.CONDITIONS:
+        raise InputError(f"search: {len(texts)} conditions; give at most {limits.CONDITIONS}")
+    for text in texts:
+        check_text("condition", text, limits.CONDITION)
+    return tuple(Condition.parse(text) for text in texts)
+
+
+def check_text(name: str, text: Any, most: int) -> None:
+    """Refuse what is no text, or a longer one, from whoever may have sent anything.
+
+    Raises:
+        InputError: If it is.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"search: {name} is {told(text)}; give words")
+    if len(text) > most:
+        raise InputError(f"search: {name} of {len(text):,} characters; give at most {most:,}")
+
+
+def check_id(key: Any) -> int:
+    """The id of an item, from whoever may have sent anything.
+
+    Raises:
+        InputError: If it can be none.
+    """
+    if not _is_number(key, Integral) or not 0 < key < limits.IDS:
+        raise InputError(f"item {told(key)}: is no id; give one that a search has found")
+    return int(key)
 
 
 def embed(
@@ -80,6 +164,8 @@ def embed(
             if np.shape(query.vector) != (gallery.dim,):
                 raise InputError(f"search: a vector of shape {np.shape(query.vector)}; give ({gallery.dim},)")
             vectors[n] = query.vector
+            if not np.isfinite(vectors[n]).all():
+                raise InputError("search: a vector that is not finite; embed it again")
     if images:
         seen = encode_images([decode(i) if isinstance(i, Path) else i for i in images.values()])
         for n, vector in zip(images, seen, strict=True):
@@ -94,13 +180,20 @@ def embed(
     return vectors
 
 
+def told(value: Any) -> str:
+    """Something that anybody may have sent, briefly: it may be long, and a whole number of any length."""
+    if isinstance(value, int) and abs(value) >= limits.IDS:
+        return "a number of many digits"
+    return f"{value}" if _is_number(value) else f"of type {type(value).__name__}"
+
+
 def item_id(gallery: Gallery, key: str | int) -> int:
     """The id of an item given by path or id.
 
     Raises:
         InputError: If the path is not in the gallery.
     """
-    if isinstance(key, int):
+    if not isinstance(key, str):
         return key
     found = gallery.ids_of([key])
     if not len(found):
@@ -108,5 +201,20 @@ def item_id(gallery: Gallery, key: str | int) -> int:
     return int(found[0])
 
 
+def find_item(gallery: Gallery, key: Any) -> Item:
+    """The item of an id that a client has kept since some earlier search.
+
+    Raises:
+        InputError: If it is no id, or the item was removed meanwhile.
+    """
+    for _, item in gallery.items(np.array([check_id(key)])):
+        return item
+    raise InputError(f"item {key}: is no longer in the gallery; search again")
+
+
 def _spread(vector: NDArray[np.float32], background: NDArray[np.float32]) -> float:
     return max(float((background @ vector).std()), _SPREAD_FLOOR) if len(background) else 1.0
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -28,11 +28,13 @@ from index.vector_index import SearchHits
 from training.data.image_folders import Quarantine, decode_all, find_images
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
-from vse_app.queries import Query, embed, item_id
+from vse_app import limits
+from vse_app.queries import Options, Query, embed, item_id, told
 from vse_app.text_cache import TextCache
 
 BATCH = 64  # pictures decoded, embedded and made durable together
 _HUB_DEPTH = 10  # hubness correction ranks anew so many times as many results as are wanted
+_HITS = 1 << 22  # hits held at once, 50 MB
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class Result(Hit):
     Attributes:
         probability: That it is what a text means, if the gallery was calibrated; None for other queries.
         likely: Whether that reaches the gallery's cut; None where there is no probability.
-        duplicates: Hits that look the same and that it stands for, best first.
+        alike: How many hits look the same, which it stands for.
+        duplicates: The best :data:`~vse_app.limits.DUPLICATES` of these.
     """
 
     probability: float | None = None
     likely: bool | None = None
+    alike: int = 0
     duplicates: tuple[Hit, ...] = ()
 
 
@@ -194,17 +198,19 @@ class SearchEngine:
             queries: What to look for; embedded together.
             k: Results per query; fewer only if the gallery, or what the conditions leave of it, is smaller.
             where: Conditions on the items, all of which must hold.
-            collapse_at: Cosine from which two results count as one, which the better one stands for.
+            collapse_at: Cosine from which two results count as one, which the better one stands for. If there are more
+                copies than :data:`~vse_app.limits.DEPTH`, there may be fewer results.
             correct_hubs: Rank by querybank-normalised scores (:class:`index.querybank.QueryBank`) what plain
                 similarity puts among the first ``10 k``.
             vectors: What :meth:`embed` gave for the queries, if that was called before.
 
         Raises:
             GalleryError: If there is nothing to correct hubs by, or an item to be like is not there.
-            InputError: If a query is empty or its picture cannot be read.
+            InputError: If a query is empty or its picture cannot be read, or more is asked than :mod:`vse_app.limits`
+                allows.
         """
-        if k < 1:
-            raise InputError(f"search: k is {k}; ask for at least 1 result")
+        Options(k, tuple(where), collapse_at, correct_hubs)  # which checks them
+        k = int(k)  # faiss takes no number of numpy
         embedded = self.embed(queries) if vectors is None else vectors
         allowed = self.gallery.ids_where(where) if where else None
         if correct_hubs and not (self.relevance and self.relevance.bank):
@@ -212,15 +218,26 @@ class SearchEngine:
                 f"{self.gallery.directory}: has no query bank that helps; see what vse index tune says of it"
             )
         count = len(self.gallery) if allowed is None else len(allowed)
+        if min(k, count) > limits.MOST_RESULTS:
+            raise InputError(f"search: k is {told(k)}; ask for at most {limits.MOST_RESULTS:,} results")
         # One more for the item that a query is to be like, and some to make up for what is collapsed.
-        depth = k * (_HUB_DEPTH if correct_hubs else 1) * (2 if collapse_at is not None else 1) + 1
-        while True:
-            hits = self._ranked(embedded, min(depth, max(1, count)), allowed, correct_hubs)
-            groups = [self._groups(row, query, k, collapse_at) for row, query in zip(hits.ids, queries, strict=True)]
-            if depth >= count or min(map(len, groups), default=k) >= k:
-                break
-            depth *= 4
-        return self._results(queries, embedded, hits, groups, count)
+        depth = k * (2 if collapse_at is not None else 1) + 1
+        if correct_hubs:
+            depth = max(depth, min(_HUB_DEPTH * depth, limits.DEPTH))
+        deepest = max(1, min(count, max(depth, limits.DEPTH) if collapse_at is not None else depth))
+        results: list[list[Result]] = []
+        together = max(1, _HITS // deepest)
+        for start in range(0, len(queries), together):
+            some = slice(start, start + together)
+            reached = min(depth, deepest)
+            while True:
+                hits = self._ranked(embedded[some], reached, allowed, correct_hubs)
+                groups = [self._groups(*row, k, collapse_at) for row in zip(hits.ids, queries[some], strict=True)]
+                if reached == deepest or min(map(len, groups)) >= k:
+                    break
+                reached = min(4 * reached, deepest)
+            results += self._results(queries[some], embedded[some], hits, groups, count)
+        return results
 
     def embed(self, queries: Sequence[Query]) -> NDArray[np.float32]:
         """Vectors of the queries, float32 ``(Q, D)``; see :func:`vse_app.queries.embed`.
@@ -285,8 +302,8 @@ class SearchEngine:
         places = np.flatnonzero((ids >= 0) & (ids != own))
         if collapse_at is None:
             return [places[n : n + 1] for n in range(min(k, len(places)))]
-        leader = collapse(self.gallery.vectors(ids[places]), collapse_at)
-        return [places[leader == first] for first in np.unique(leader)[:k]]
+        leader = collapse(self.gallery.vectors(ids[places]), collapse_at, k)
+        return [places[leader == first] for first in np.unique(leader[leader >= 0])]
 
     def _results(
         self,
@@ -296,7 +313,8 @@ class SearchEngine:
         groups: list[list[NDArray[np.intp]]],
         count: int,
     ) -> list[list[Result]]:
-        wanted = [hits.ids[n, place] for n, row in enumerate(groups) for group in row for place in group]
+        told = slice(limits.DUPLICATES + 1)
+        wanted = [hits.ids[n, place] for n, row in enumerate(groups) for group in row for place in group[told]]
         items = dict(self.gallery.items(np.array(wanted, np.int64)))
 
         def hit(n: int, place: np.intp) -> Hit:
@@ -315,7 +333,8 @@ class SearchEngine:
                         **vars(hit(n, group[0])),
                         probability=None if known is None else float(known[group[0]]),
                         likely=None if known is None or not relevance else bool(known[group[0]] >= relevance.cut),
-                        duplicates=tuple(hit(n, place) for place in group[1:]),
+                        alike=len(group) - 1,
+                        duplicates=tuple(hit(n, place) for place in group[1 : told.stop]),
                     )
                     for group in row
                 ]

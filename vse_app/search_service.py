@@ -15,11 +15,13 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from index.filters import Condition
 from index.gallery import Gallery
+from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
+from vse_app import limits
 from vse_app.latency import Latency
-from vse_app.queries import Query
+from vse_app.limits import Busy
+from vse_app.queries import Options, Query, check_text, told
 from vse_app.search_engine import Facts, Result, SearchEngine
 from vse_app.uploads import keep_upload
 
@@ -29,20 +31,7 @@ WAITING = 512
 """Requests beyond these are refused."""
 
 T = TypeVar("T")
-
-
-class Busy(RuntimeError):
-    """More is asked than can be answered; try again."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to show of what is found; see :meth:`~vse_app.search_engine.SearchEngine.search`."""
-
-    k: int = 10
-    where: tuple[Condition, ...] = ()
-    collapse_at: float | None = None
-    correct_hubs: bool = False
+_DEFAULT = Options()
 
 
 @dataclass(kw_only=True)
@@ -104,17 +93,20 @@ class SearchService:
         self._thread = Thread(target=self._work, name="search", daemon=True)
         self._thread.start()
 
-    def submit(self, query: Query, options: Options = Options()) -> Future[list[Result]]:
+    def submit(self, query: Query, options: Options = _DEFAULT) -> Future[list[Result]]:
         """Ask for the best pictures for a query; the answer is what the engine returns or raises.
 
         Raises:
             Busy: If too many are waiting.
+            InputError: If more results are asked for than a server gives.
         """
+        if options.k > limits.RESULTS:
+            raise InputError(f"search: k is {told(options.k)}; ask for 1 to {limits.RESULTS} results")
         asked = _Search(query=query, options=options)
         self._ask(asked)
         return asked.answer
 
-    def search(self, query: Query, options: Options = Options()) -> list[Result]:
+    def search(self, query: Query, options: Options = _DEFAULT) -> list[Result]:
         """As :meth:`submit`, waiting for the answer."""
         return self.submit(query, options).result()
 
@@ -139,8 +131,11 @@ class SearchService:
             Their ids; a picture that is there already is not kept twice, but takes the new facts.
 
         Raises:
+            InputError: If the caption is too long.
             GalleryError: If another program is writing to the gallery, or the disk is full.
         """
+        if facts.caption is not None:
+            check_text("caption", facts.caption, limits.TEXT)
         with self._changing, Gallery.open(self.directory, writable=True) as gallery:
             paths: list[Path] = []
             try:

@@ -91,11 +91,11 @@ def _queries(args: argparse.Namespace) -> list[Query]:
 def _record(result: Result) -> dict[str, Any]:
     record = {"id": result.id, "path": result.item.path, "score": result.score, "caption": result.item.caption}
     record |= {"probability": result.probability, "likely": result.likely, "metadata": result.item.metadata}
-    return record | {"duplicates": [hit.item.path for hit in result.duplicates]}
+    return record | {"alike": result.alike, "duplicates": [hit.item.path for hit in result.duplicates]}
 
 
 def _line(rank: int, result: Result) -> str:
     probability = "" if result.probability is None else f"  {result.probability:4.0%}{'*' if result.likely else ' '}"
     caption = f"  “{result.item.caption}”" if result.item.caption else ""
-    same = f"  (+{len(result.duplicates)} alike)" if result.duplicates else ""
+    same = f"  (+{result.alike} alike)" if result.alike else ""
     return f"{rank:3}  {result.score:6.3f}{probability}  {result.item.path}{caption}{same}"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -36,6 +37,60 @@ def naive_collapse(vectors: list[list[float]], threshold: float) -> list[int]:
 def test_matches_loops(rows: list[list[float]], threshold: float) -> None:
     vectors = np.array(rows, np.float32).reshape(-1, 3)
     assert collapse(vectors, threshold).tolist() == naive_collapse(rows, threshold)
+
+
+def loop(vectors: NDArray[np.float32], threshold: float) -> list[int]:
+    """As :func:`naive_collapse`, in float64 and fast enough for some thousands."""
+    unit = vectors.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    representative = np.full(len(unit), -1)
+    for position in range(len(unit)):
+        if representative[position] < 0:
+            representative[position] = position
+            free = position + 1 + np.flatnonzero(representative[position + 1 :] < 0)
+            representative[free[unit[free] @ unit[position] >= threshold - 1e-6]] = position
+    return list(representative.tolist())
+
+
+def planted(kind: str, count: int = 1500) -> NDArray[np.float32]:
+    """Vectors of 48 dimensions among which many look the same."""
+    random = np.random.default_rng(1)
+    rows = random.standard_normal((count, 48))
+    if kind == "copies":
+        rows = rows[random.integers(0, count // 5, count)]
+    elif kind == "at the threshold":  # each stands at a cosine of 0.9 to one of ten, up to the last bits
+        rows = np.linalg.qr(rows[:, :].T @ rows)[0][random.integers(0, 10, count)]
+        aside = random.standard_normal(rows.shape)
+        aside -= (aside * rows).sum(1, keepdims=True) * rows
+        aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+        near = 0.9 - 1e-6 + random.uniform(-1e-7, 1e-7, (count, 1))
+        rows[10:] = (near * rows + np.sqrt(1 - near**2) * aside)[10:]
+    elif kind == "clusters":
+        rows = rows[random.integers(0, 40, count)] + 0.4 * rows
+    lengths = np.float32(10) ** random.integers(-30, 30, (count, 1)) if kind == "lengths" else np.float32(1)
+    return rows.astype(np.float32) * lengths
+
+
+@pytest.mark.parametrize("kind", ["copies", "at the threshold", "clusters", "lengths", "nothing"])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
+def test_blocks_group_as_a_loop_in_float64_does(kind: str, threshold: float) -> None:
+    vectors = planted(kind)
+    expected = loop(vectors, threshold)
+    assert collapse(vectors, threshold).tolist() == expected
+    for most in (1, 7, 600):
+        wanted = set(sorted(set(expected))[:most])
+        assert collapse(vectors, threshold, most).tolist() == [n if n in wanted else -1 for n in expected]
+
+
+def test_memory_does_not_grow_with_what_is_grouped() -> None:
+    vectors = np.tile(np.random.default_rng(0).standard_normal((40, 64)).astype(np.float32), (1000, 1))
+    tracemalloc.start()
+    try:
+        collapse(vectors, 0.9)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < vectors.nbytes  # in float64 and a copy for each representative, it was three times as much
 
 
 def at(*degrees: float) -> NDArray[np.float32]:

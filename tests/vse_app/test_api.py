@@ -16,8 +16,8 @@ from starlette.testclient import TestClient
 
 from index.gallery import Gallery
 from training.errors import InputError
+from vse_app import limits
 from vse_app.answers import Added, Answer, Found, Health, ItemRecord, Items, Problem, Removed
-from vse_app.api import MOST_TEXT
 from vse_app.queries import Query
 from vse_app.search_engine import SearchEngine
 from vse_app.server import Serving
@@ -101,9 +101,10 @@ def test_conditions_and_collapse(client: TestClient) -> None:
     where = ["year>=2006", "colour=green", "tags=ring", "at.row=1"]
     found = read(client.get("/search", params={"text": "x", "where": where}), Answer).results
     assert [of.caption for of in found] == ["green ring"]
-    body = {"where": ["colour=blue"], "collapse": "-1", "k": "2"}
-    (first,) = read(client.post("/search", files=sent(encoded(pixels(1))), data=body), Answer).results
-    assert len(first.duplicates) == 5
+    body = {"where": ["colour=blue"], "collapse": "0.5", "k": "2"}
+    found = read(client.post("/search", files=sent(encoded(pixels(1))), data=body), Answer).results
+    assert len(found) + sum(of.alike for of in found) <= 6
+    assert all(of.alike == len(of.duplicates) for of in found)
     assert "no condition" in refused(client.get("/search", params={"text": "x", "where": "year"}), 400)
     assert "query bank" in refused(client.get("/search", params={"text": "x", "querybank": True}), 400)
 
@@ -118,8 +119,10 @@ def test_conditions_and_collapse(client: TestClient) -> None:
         ({"text": "a", "k": 0}, 422, "k: "),
         ({"text": "a", "k": 201}, 422, "k: "),
         ({"text": "a", "k": "many"}, 422, "k: "),
-        ({"text": "a" * (MOST_TEXT + 1)}, 422, "text: "),
+        ({"text": "a" * (limits.TEXT + 1)}, 422, "text: "),
         ({"text": "a", "collapse": 1.5}, 422, "collapse: "),
+        ({"text": "a", "collapse": 0.4}, 422, "collapse: "),
+        ({"text": "a", "collapse": -1}, 422, "collapse: "),
         ({"text": "a", "collapse": "nan"}, 422, "collapse: "),
         ({"text": "a", "where": ["a=1"] * 17}, 422, "where: "),
         ({"text": "a", "where": "a=" + "1" * 2000}, 422, "where"),

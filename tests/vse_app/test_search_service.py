@@ -14,9 +14,10 @@ from index.filters import Condition
 from index.gallery import Gallery
 from training.errors import InputError
 from vse_app import search_service
-from vse_app.queries import Query
+from vse_app.limits import Busy
+from vse_app.queries import Options, Query
 from vse_app.search_engine import Facts, Result, SearchEngine
-from vse_app.search_service import Busy, Options, SearchService
+from vse_app.search_service import SearchService
 
 WAIT = 30
 

@@ -61,8 +61,8 @@ def _card(rank: int, record: Record, changeable: bool) -> str:
             f"{record['probability']:.0%}</span>"
         )
     facts.append(f'<span class="vse-score" title="similarity to the query">{record["score"]:.3f}</span>')
-    if record["duplicates"]:
-        facts.append(f'<span class="vse-badge">+{len(record["duplicates"])} alike</span>')
+    if record["alike"]:
+        facts.append(f'<span class="vse-badge">+{record["alike"]} alike</span>')
     actions = [("like", "More like this"), ("why", "Why?"), ("attack", "Attack")]
     if changeable:
         actions.append(("remove", "Remove"))

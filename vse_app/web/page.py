@@ -16,10 +16,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr
 from fastapi import FastAPI
 
-from vse_app.api import MOST_RESULTS, Api, parse_conditions
-from vse_app.queries import Query
+from vse_app.api import Api
+from vse_app.queries import Options, Query, condition_lines, parse_conditions
 from vse_app.search_engine import SearchEngine
-from vse_app.search_service import Options
 from vse_app.uploads import MAX_BYTES
 from vse_app.web.model_tab import model_tab
 from vse_app.web.page_guards import GuardedBlocks, OpenRoutes
@@ -117,9 +116,7 @@ def _tools(api: Api) -> None:
             k: How many results, 1 to 200.
             where: Conditions on the pictures, one a line, for example "year>=2019"; empty for none.
         """
-        conditions = parse_conditions([line.strip() for line in where.split("\n") if line.strip()])
-        options = Options(min(MOST_RESULTS, max(1, k)), conditions)
-        return await answer(Query(text=text), options)
+        return await answer(Query(text=text), Options(k, parse_conditions(condition_lines(where))))
 
     async def more_like(item: int, k: int = 10) -> str:
         """Find pictures that resemble one of the gallery.
@@ -128,7 +125,7 @@ def _tools(api: Api) -> None:
             item: Id of the picture, from an earlier search.
             k: How many results, 1 to 200.
         """
-        return await answer(Query(like=item), Options(min(MOST_RESULTS, max(1, k))))
+        return await answer(Query(like=item), Options(k))
 
     async def audit_record() -> str:
         """How easily the search is fooled: what the audit of its model measured, as one JSON object."""

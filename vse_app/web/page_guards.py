@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from index.errors import GalleryError
 from training.errors import InputError
 from vse_app.api import Refused
-from vse_app.search_service import Busy
+from vse_app.limits import Busy
 from vse_app.web.upload import names_other_file
 
 REFUSALS = (InputError, GalleryError, Busy, Refused)

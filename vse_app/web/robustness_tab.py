@@ -14,12 +14,13 @@ from PIL import Image
 from index.errors import GalleryError
 from training.data.images import decode
 from training.errors import InputError
-from vse_app.api import MOST_TEXT, Api
+from vse_app import limits
+from vse_app.api import Api
 from vse_app.attack_case import THREATS, AttackRequest, AttackTarget
 from vse_app.audit_summary import verdict
+from vse_app.limits import Busy
 from vse_app.live_attack import Outcome, Progress, Ranked, run
 from vse_app.search_engine import SearchEngine
-from vse_app.search_service import Busy
 from vse_app.web.cards import status
 from vse_app.web.charts import Series, line_chart
 from vse_app.web.upload import Upload, read
@@ -85,7 +86,7 @@ class RobustnessTab:
             "",
             label="Search to rise or fall in",
             info="Empty: the picture's own caption",
-            max_length=MOST_TEXT,
+            max_length=limits.TEXT,
             visible=False,
         )
         norms = [(name, key) for key, (name, _) in NORMS.items()]

@@ -12,10 +12,10 @@ import gradio as gr
 from anyio import to_thread
 
 from training.errors import InputError
-from vse_app.api import MOST_TEXT, MOST_UPLOADS, Api, parse_conditions
-from vse_app.queries import Query
+from vse_app import limits
+from vse_app.api import MOST_UPLOADS, Api
+from vse_app.queries import Options, Query, check_text, condition_lines, parse_conditions
 from vse_app.search_engine import Facts
-from vse_app.search_service import Options
 from vse_app.web import calls, why
 from vse_app.web.cards import Record, cards, empty, status
 from vse_app.web.page_guards import REFUSALS
@@ -64,7 +64,7 @@ class SearchTab:
                 show_label=False,
                 scale=8,
                 autofocus=True,
-                max_length=MOST_TEXT,
+                max_length=limits.TEXT,
                 elem_id="vse-text",
             )
             self.go = gr.Button("Search", variant="primary", scale=1, min_width=96, elem_id="vse-search")
@@ -83,7 +83,7 @@ class SearchTab:
                     label="Filter",
                     info="Conditions such as `year>=2019` or `path~*/holiday/*`, one a line",
                     lines=2,
-                    max_length=MOST_TEXT,
+                    max_length=limits.TEXT,
                     elem_id="vse-where",
                 )
                 self.k = gr.Slider(1, _MOST_RESULTS, _RESULTS, step=1, label="Results")
@@ -109,7 +109,7 @@ class SearchTab:
                     file_count="multiple",
                     elem_id="vse-files",
                 )
-                self.caption = gr.Textbox("", label="A sentence about them", max_length=MOST_TEXT)
+                self.caption = gr.Textbox("", label="A sentence about them", max_length=limits.TEXT)
                 self.add = gr.Button("Add", elem_id="vse-add-button")
         self.like, self.found = gr.State(None), gr.State([])
         self.again = gr.Number(0, visible="hidden", label="Searches", precision=0)  # each change of it is a search
@@ -159,21 +159,21 @@ class SearchTab:
         like: int | None,
         request: gr.Request,
     ) -> list[Any]:
-        text = (text or "").strip()  # a field may be None
-        conditions = [line.strip() for line in (where or "").split("\n") if line.strip()]
-        asked: dict[str, Any] = {"text": text, "like": like, "k": int(k), "where": conditions}
-        asked |= {"collapse": SAME if collapse else None, "querybank": "true" if hubs else None}
         if not (text or picture or like):
             return [self._welcome, status(""), "", [], "", ""]
         try:
+            check_text("text", text or "", limits.TEXT)  # a field may be None
+            text, conditions = (text or "").strip(), condition_lines(where or "")
+            options = Options(int(k), parse_conditions(conditions), SAME if collapse else None, hubs)
             image = await to_thread.run_sync(read, picture) if picture and not like else None
             query = Query(like=like) if like else Query(text=text or None, image=image, weight=weight)
-            options = Options(int(k), parse_conditions(conditions), SAME if collapse else None, hubs)
             started = time.perf_counter()
             answer = await wrap_future(self._service.submit(query, options))
         except REFUSALS as error:
             return [gr.skip(), status(self._api.line(error), "error"), "", gr.skip(), gr.skip(), gr.skip()]
         seconds = time.perf_counter() - started
+        asked: dict[str, Any] = {"text": text, "like": like, "k": int(k), "where": conditions}
+        asked |= {"collapse": SAME if collapse else None, "querybank": "true" if hubs else None}
         records = [self._api.record(result) for result in answer]
         grid = cards(records, self._service.cut, changeable=not self._api.read_only, likely_only=likely)
         asked = {key: value for key, value in asked.items() if value}
@@ -189,13 +189,13 @@ class SearchTab:
 
     def _opened(self, request: gr.Request) -> list[Any]:
         given = request.query_params
-        text, like = str(given.get("text") or "")[:MOST_TEXT], _number(given.get("like"), 1 << 53)
+        text, like = str(given.get("text") or "")[: limits.TEXT], _number(given.get("like"), limits.IDS)
         if not text and like is None:
             return [gr.skip()] * 8  # what was typed meanwhile stays
         return [
             text,
             max(1, _number(given.get("k"), _MOST_RESULTS + 1) or _RESULTS),
-            "\n".join(given.getlist("where"))[:MOST_TEXT],
+            "\n".join(given.getlist("where"))[: limits.TEXT],
             bool(given.get("likely")),
             bool(given.get("collapse")),
             bool(given.get("querybank")) and self._service.corrects_hubs,
@@ -210,7 +210,7 @@ class SearchTab:
         search = {self.again: again + 1}
         try:
             if action == "example":
-                return search | {self.text: str(event.text)[:MOST_TEXT], self.like: None, self.picture: None}
+                return search | {self.text: str(event.text)[: limits.TEXT], self.like: None, self.picture: None}
             if action == "like" and record:
                 return search | {self.like: item, self.text: "", self.picture: None}
             if action == "remove" and record and not self._api.read_only:
