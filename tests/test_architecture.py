@@ -106,7 +106,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 @pytest.mark.parametrize("module", FILES)
 def test_files_stay_short(module: str) -> None:
-    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= 400
+    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= 600
 
 
 def test_nothing_unpickles() -> None:
