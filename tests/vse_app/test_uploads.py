@@ -9,9 +9,9 @@ from served import COMMENT, MAKER, Place, is_bare, jpeg, pixels
 
 from index.errors import GalleryError
 from index.gallery import Gallery
-from vse_app.queries import Query
+from vse_app.queries import Options, Query
 from vse_app.search_engine import Facts
-from vse_app.search_service import Options, SearchService
+from vse_app.search_service import SearchService
 from vse_app.uploads import read_upload
 
 
