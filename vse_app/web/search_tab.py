@@ -159,11 +159,11 @@ class SearchTab:
         like: int | None,
         request: gr.Request,
     ) -> list[Any]:
-        if not (text or picture or like):
-            return [self._welcome, status(""), "", [], "", ""]
         try:
             check_text("text", text or "", limits.TEXT)  # a field may be None
             text, conditions = (text or "").strip(), condition_lines(where or "")
+            if not (text or picture or like):
+                return [self._welcome, status(""), "", [], "", ""]
             options = Options(int(k), parse_conditions(conditions), SAME if collapse else None, hubs)
             image = await to_thread.run_sync(read, picture) if picture and not like else None
             query = Query(like=like) if like else Query(text=text or None, image=image, weight=weight)
