@@ -38,7 +38,7 @@ def look(directory: Path, acknowledged: int, config: Config, whole: Path) -> Non
     Trainer(replace(config, out=str(out)), resume=(out / STATE_FILE).exists()).fit()
     assert b"\0" not in (out / "metrics.jsonl").read_bytes()
     assert_same_run(out, whole)
-    assert not [path for path in out.rglob(".*")], "left behind"
+    assert not list(out.rglob(".*")), "left behind"
 
 
 @pytest.mark.parametrize("most", [10, pytest.param(None, marks=pytest.mark.soak)])

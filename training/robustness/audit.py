@@ -34,7 +34,7 @@ from training.robustness.text_edits import TextBudget, attack_captions
 
 PICTURE_THREATS = ("query-image", "gallery-owner", "gallery-promote")
 THREATS = (*PICTURE_THREATS, "query-text", "corruption")
-FORMAT = 2
+FORMAT = 3
 """Of the parts: grows with what they record, so that older ones are not taken over."""
 CHUNK = 20
 """Queries that are attacked together, and lost together when the process is killed."""

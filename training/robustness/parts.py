@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from training.errors import InputError
-from training.files import write_text
+from training.files import recover, write_text
 
 SETTINGS_FILE = "settings.json"
 
@@ -28,11 +29,13 @@ class Parts:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
+        recover(folder)
         header = folder / SETTINGS_FILE
-        wanted = json.loads(json.dumps(identity))
+        self._identity = json.dumps(identity)
+        wanted = json.loads(self._identity)
         if not header.exists():
             write_text(header, json.dumps(wanted, indent=1))
-        found = self._read(header)
+        found = self._json(header)
         for key in wanted:
             if not isinstance(found, dict) or found.get(key) != wanted[key]:
                 raise InputError(f"{folder.parent}: holds an audit with other {key}; choose another --out")
@@ -53,13 +56,25 @@ class Parts:
             self.bar.total = self.expected
             self.bar.refresh()
         else:
-            write_text(path, json.dumps(compute()))
+            part = json.loads(json.dumps(compute()))
+            write_text(path, json.dumps({"sha256": self._checksum(name, part), "part": part}))
             self.bar.update()
-        return self._read(path)
+        found = self._json(path)
+        if not isinstance(found, dict) or found.get("sha256") != self._checksum(name, found.get("part")):
+            raise _not_written(path)
+        return found["part"]
+
+    def _checksum(self, name: str, part: Any) -> str:
+        """Of a part, what it is a part of, and which, so that none is taken for another."""
+        return hashlib.sha256("\n".join([self._identity, name, json.dumps(part)]).encode()).hexdigest()
 
     @staticmethod
-    def _read(path: Path) -> Any:
+    def _json(path: Path) -> Any:
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{path}: not what was written; remove it and run again") from None
+            return json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            raise _not_written(path) from None
+
+
+def _not_written(path: Path) -> InputError:
+    return InputError(f"{path}: not what was written; remove it and run again")
