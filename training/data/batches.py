@@ -40,6 +40,10 @@ class Inputs(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, index: int) -> str:
+        """What messages call a row."""
+        ...
+
     def fetch(self, indices: NDArray[np.int64], seeds: Sequence[int] | None) -> Padded:
         """Rows at ``indices``. ``seeds``, one per row, drive augmentation; None means evaluation."""
         ...
@@ -87,6 +91,10 @@ class Pixels:
     def __len__(self) -> int:
         return len(self._sources)
 
+    def name(self, index: int) -> str:
+        """The picture's name."""
+        return self._sources[index].name
+
     def _decode(self, index: int, seed: int | None) -> Tensor:
         return self._transform(self._sources[index].load(), seed)
 
@@ -102,6 +110,7 @@ class Tokens:
     """Token ids of captions, int64 ``(B, T)``, padded to the longest of the batch."""
 
     def __init__(self, captions: Sequence[str], tokenizer: Tokenizer) -> None:
+        self._captions = captions
         self._rows = tokenizer(captions)
 
     @property
@@ -116,6 +125,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def name(self, index: int) -> str:
+        """The caption."""
+        return f"caption {self._captions[index]!r}"
 
     def fetch(self, indices: NDArray[np.int64], seeds: Sequence[int] | None) -> Padded:
         """Captions at ``indices``."""
@@ -145,6 +158,10 @@ class Features:
 
     def __len__(self) -> int:
         return len(self._values) if self._offsets is None else len(self._offsets) - 1
+
+    def name(self, index: int) -> str:
+        """The row's number."""
+        return f"row {index}"
 
     def fetch(self, indices: NDArray[np.int64], seeds: Sequence[int] | None) -> Padded:
         """Feature rows at ``indices``."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
+import logging
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,13 @@ from tqdm import tqdm
 
 from training.data.batches import Features, Inputs, Pixels, Tokens
 from training.data.corpus import Corpus
-from training.data.padded import Padded
 from training.errors import InputError
-from training.files import write_text
+from training.files import make_directory
 from training.models.dual_encoder import DualEncoder
+from training.models.feature_store import LOCK, VALUES, FeatureStore
 from training.models.tower import Tower
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 1024  # rows between two durable marks of progress
 
@@ -56,8 +57,9 @@ def cached_features(
 ) -> Features:
     """Features of every input row, from the cache as far as they are there.
 
-    Rows are float16 on disk. They are computed in chunks; after each, data and then a progress mark reach
-    the disk, so a killed run goes on where it stopped. A second process waits for the first.
+    Rows are float16 on disk, float32 where that is too narrow for one of them. They are computed in chunks; after
+    each, data and then its checksum reach the disk, so a killed run goes on where it stopped, and what was damaged
+    since is computed again. A second process waits for the first.
 
     Args:
         tower: Frozen tower, on the device it should run on.
@@ -70,65 +72,51 @@ def cached_features(
         Pooled features ``(N, F)``; all tokens where the pooling is trainable.
 
     Raises:
-        InputError: If the disk has too little room.
+        InputError: If the disk has too little room, or a feature is not finite.
     """
     directory = (root or cache_root()) / feature_key(tower, inputs)
-    progress, values_file = directory / "progress.json", directory / "values.npy"
-    count = len(inputs)
-    device = next(tower.parameters()).device
-    tower.backbone.eval()
-
-    def run(indices: NDArray[np.int64]) -> Padded:
-        with torch.inference_mode():
-            return tower.features(*inputs.fetch(indices, None).to(device))
-
     lengths = np.asarray(inputs.lengths, dtype=np.int64)
     ragged = tower.pooling is not None and bool((lengths > 1).any())
-    offsets = np.concatenate([[0], lengths.cumsum()]) if ragged else None
-
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("ab") as lock:
+    offsets = np.concatenate([[0], lengths.cumsum()]) if ragged else np.arange(len(lengths) + 1)
+    starts = [*range(0, len(inputs), CHUNK), len(inputs)]
+    make_directory(directory)
+    with (directory / LOCK).open("ab") as lock, tqdm(total=len(inputs), desc=label, unit="row", delay=2) as bar:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if progress.exists():
-            done = int(json.loads(progress.read_text(encoding="utf-8"))["rows"])
-        else:
-            done, row = 0, run(np.arange(1)).values.shape[1:]
-            _reserve(values_file, (int(lengths.sum()), row[-1]) if ragged else (count, *row))
-        if done < count:
-            values = np.lib.format.open_memmap(values_file, "r+")
-            with tqdm(total=count, initial=done, desc=label, unit="row", delay=2) as bar:
-                for start in range(done, count, CHUNK):
-                    rows = np.arange(start, min(start + CHUNK, count))
-                    by_length = rows[np.argsort(lengths[rows], kind="stable")]  # little padding per batch
-                    for batch in np.split(by_length, range(batch_size, len(rows), batch_size)):
-                        _store(values, offsets, batch, run(batch))
-                        bar.update(len(batch))
-                    values.flush()
-                    write_text(progress, json.dumps({"rows": int(rows[-1]) + 1, "label": label}))
-    return Features(np.load(values_file, mmap_mode="r", allow_pickle=False), offsets, inputs.fingerprint)
+        store = FeatureStore(directory, offsets[starts].tolist())
+        while store.missing:
+            chunk = store.missing[0]
+            rows = np.arange(starts[chunk], starts[chunk + 1])
+            order = np.argsort(lengths[rows], kind="stable")  # little padding per batch
+            bar.update(starts[chunk] - bar.n)
+            try:
+                for row, values in _computed(tower, inputs, rows[order], batch_size, ragged):
+                    store.put(offsets[row], values)
+                    bar.update()
+                store.finish(chunk, label)
+            except FloatingPointError:
+                logger.info("%s: features beyond %s are kept as float32", label, np.finfo(store.dtype).max)
+                store.clear(np.float32)
+    values = np.load(directory / VALUES, mmap_mode="r", allow_pickle=False)
+    return Features(values, offsets if ragged else None, inputs.fingerprint)
 
 
-def _reserve(file: Path, shape: tuple[int, ...]) -> None:
-    """A float16 array on disk, written where there is room: a full disk kills a process that maps a file."""
-    size, free = 2 * math.prod(shape), shutil.disk_usage(file.parent).free
-    if size > free:
-        raise InputError(
-            f"{file}: the features take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "make room or set VSE_CACHE to a directory on another disk"
-        )
-    np.lib.format.open_memmap(file, "w+", np.float16, shape).flush()
-
-
-def _store(
-    values: NDArray[np.float16], offsets: NDArray[np.int64] | None, rows: NDArray[np.int64], features: Padded
-) -> None:
-    block = features.values.float().cpu().numpy().astype(np.float16)
-    if offsets is None:
-        values[rows] = block
-        return
-    for row, tokens in zip(rows, block, strict=True):
-        start, end = offsets[row], offsets[row + 1]
-        values[start:end] = tokens[: end - start]
+def _computed(
+    tower: Tower, inputs: Inputs, rows: NDArray[np.int64], batch_size: int, ragged: bool
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Numbers of rows and their features, ``(1, F)`` or ``(1, T, F)``; ragged ones as ``(T, F)`` without padding."""
+    device, lengths = next(tower.parameters()).device, inputs.lengths
+    tower.backbone.eval()
+    for batch in np.split(rows, range(batch_size, len(rows), batch_size)):
+        with torch.inference_mode():
+            values = tower.features(*inputs.fetch(batch, None).to(device)).values.float().cpu().numpy()
+        for index, row in enumerate(batch):
+            own = values[index, : lengths[row]] if ragged else values[index : index + 1]
+            if not np.isfinite(own).all():
+                raise InputError(
+                    f"{inputs.name(row)}: {tower.config.encoder} gives features that are not finite; "
+                    "remove it or take another encoder"
+                )
+            yield row, own
 
 
 def corpus_inputs(model: DualEncoder, corpus: Corpus, side: str, augment: str = "none") -> tuple[Inputs, bool]:
