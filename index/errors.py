@@ -1,4 +1,4 @@
-"""The one exception of this package that users are meant to read."""
+"""The exceptions of this package that users are meant to read."""
 
 
 class GalleryError(ValueError):
@@ -6,3 +6,7 @@ class GalleryError(ValueError):
 
     The message is a single line that names the file, the record and the mend.
     """
+
+
+class ModelError(GalleryError):
+    """A gallery's vectors come from another model than the one at hand."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from index import changes
 from index.approximate_index import ApproximateIndex
-from index.errors import GalleryError
+from index.errors import GalleryError, ModelError
 from index.files import locked, make_directory
 from index.filters import Condition
 from index.items import JSON, Item
@@ -156,10 +156,10 @@ class Gallery:
         """Refuse a model whose vectors cannot be compared with those here, wherever it lies.
 
         Raises:
-            GalleryError: If the gallery was made with other weights.
+            ModelError: If the gallery was made with other weights.
         """
         if checksum != self.model.get("checksum"):
-            raise GalleryError(
+            raise ModelError(
                 f"{self.directory}: its vectors come from {self.model.get('name')!r} as it was then, not from "
                 "this model; use that one, or build a new gallery with this one"
             )

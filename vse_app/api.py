@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import Field
 
-from index.errors import GalleryError
+from index.errors import GalleryError, ModelError
 from index.items import Item
 from training.data.images import decode
 from training.errors import InputError
@@ -89,7 +89,7 @@ class Api:
             summary="Latency of each stage",
         )(self.metrics)
         app.include_router(routes)
-        for kind, status in ((InputError, 400), (GalleryError, 400), (Busy, 503), (Refused, 0)):
+        for kind, status in ((InputError, 400), (GalleryError, 400), (ModelError, 503), (Busy, 503), (Refused, 0)):
             app.add_exception_handler(kind, self._handler(status))
         app.add_exception_handler(RequestValidationError, _misfit)
 
@@ -206,8 +206,13 @@ class Api:
 
     async def health_record(self) -> dict[str, Any]:
         """As :meth:`health`, for whoever is in the same process."""
-        items, model = await _soon(self.service.call(lambda e: (len(e.gallery), e.gallery.model.get("checksum", ""))))
-        return {"status": "ok", "pictures": items, "model": model, "version": version("vse-app")}
+
+        def count(engine: SearchEngine) -> int:
+            engine.check_model()
+            return len(engine.gallery)
+
+        items = await _soon(self.service.call(count))
+        return {"status": "ok", "pictures": items, "model": self.service.checksum, "version": version("vse-app")}
 
     async def metrics(self) -> Response:
         """Counters since the server started."""
@@ -303,6 +308,8 @@ async def _soon(future: Future[T]) -> T:
 def _changing(change: Callable[..., T], *arguments: Any) -> T:
     try:
         return change(*arguments)
+    except ModelError:
+        raise
     except GalleryError as error:
         raise Refused(409, str(error)) from error
     except OSError as error:

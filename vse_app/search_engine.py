@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from index.errors import GalleryError
+from index.errors import GalleryError, ModelError
 from index.filters import Condition
 from index.gallery import Gallery, Hit
 from index.items import JSON, Item
-from index.manifest import Part
+from index.manifest import Manifest, Part
 from index.near_duplicates import collapse
 from index.querybank import rescore
 from index.relevance import Relevance, sample
@@ -94,11 +94,12 @@ class SearchEngine:
         if model:
             gallery.check_model(model.fingerprint())
         self.gallery = gallery
-        self._model = model
+        self._model, self._checksum = model, gallery.model.get("checksum")
         self._bfloat16 = bfloat16
         self._texts = TextCache(self._encode_texts)
         self._relevance: Relevance | None = None
         self._relevance_part: Part | None = None
+        self._sample: tuple[Manifest, NDArray[np.float32]] | None = None
 
     @classmethod
     def open(cls, directory: Path, *, writable: bool = False, bfloat16: bool = False) -> SearchEngine:
@@ -139,11 +140,24 @@ class SearchEngine:
 
         Raises:
             InputError: If it cannot be loaded.
-            GalleryError: If what is there now is another one.
+            GalleryError: If what is there now is another one, or the gallery was made anew with another one since.
         """
         if self._model is None:
-            self._model = load_model(self.gallery)
+            self._model, self._checksum = load_model(self.gallery), self.gallery.model.get("checksum")
+        self.check_model()
         return self._model
+
+    def check_model(self) -> None:
+        """Refuse to go on in a gallery that was made anew, by whoever, with another model than the one in memory.
+
+        Raises:
+            ModelError: If it was.
+        """
+        if self._model is not None and self._checksum != self.gallery.model.get("checksum"):
+            raise ModelError(
+                f"{self.gallery.directory}: was made anew with another model, {self.gallery.model.get('name')!r}; "
+                "open it again, or restart vse serve"
+            )
 
     def add(
         self, paths: Sequence[Path], facts: Mapping[Path, Facts] | None = None, *, dry_run: bool = False
@@ -211,6 +225,7 @@ class SearchEngine:
         """
         Options(k, tuple(where), collapse_at, correct_hubs)  # which checks them
         k = int(k)  # faiss takes no number of numpy
+        self.check_model()
         embedded = self.embed(queries) if vectors is None else vectors
         allowed = self.gallery.ids_where(where) if where else None
         if correct_hubs and not (self.relevance and self.relevance.bank):
@@ -246,6 +261,7 @@ class SearchEngine:
             GalleryError: If an item to be like is not there.
             InputError: If a query is empty or its picture cannot be read.
         """
+        self.check_model()
         return embed(queries, self.gallery, self._texts, self._encode_images, lambda: self.background)
 
     def _encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -280,7 +296,10 @@ class SearchEngine:
         """A sample of the gallery, float32 ``(B, D)``."""
         if self.relevance:
             return self.relevance.background
-        return sample(self.gallery.snapshot)
+        state = self.gallery.snapshot.manifest
+        if self._sample is None or self._sample[0] != state:
+            self._sample = state, sample(self.gallery.snapshot)
+        return self._sample[1]
 
     def _ranked(
         self, vectors: NDArray[np.float32], depth: int, allowed: NDArray[np.int64] | None, correct_hubs: bool

@@ -60,7 +60,7 @@ class SearchService:
     it too, and what they change is seen by the next search.
 
     Attributes:
-        model: What embeds texts and pictures.
+        checksum: Of the model in memory.
         cut: From this probability on a result is likely; None for a gallery without calibration.
         corrects_hubs: Whether the gallery has a query bank.
         closed: Set when the service ends, for whatever else uses its model.
@@ -82,16 +82,26 @@ class SearchService:
         self.latency = latency or Latency()
         self._engine = SearchEngine.open(directory, bfloat16=bfloat16)
         try:
-            self.model: DualEncoder = self._engine.model
+            self._engine.model.eval()  # loaded now rather than by the first search
         except BaseException:
             self._engine.close()
             raise
+        self.checksum = self._engine.gallery.model.get("checksum", "")
         self._follow()
         self._changing, self._asking = Lock(), Lock()
         self.closed = Event()
         self._asked: Queue[_Search | _Call | None] = Queue(WAITING)
         self._thread = Thread(target=self._work, name="search", daemon=True)
         self._thread.start()
+
+    @property
+    def model(self) -> DualEncoder:
+        """What embeds texts and pictures.
+
+        Raises:
+            GalleryError: If the gallery was made anew with another model.
+        """
+        return self._engine.model
 
     def submit(self, query: Query, options: Options = _DEFAULT) -> Future[list[Result]]:
         """Ask for the best pictures for a query; the answer is what the engine returns or raises.
@@ -137,6 +147,7 @@ class SearchService:
         if facts.caption is not None:
             check_text("caption", facts.caption, limits.TEXT)
         with self._changing, Gallery.open(self.directory, writable=True) as gallery:
+            gallery.check_model(self.checksum)
             paths: list[Path] = []
             try:
                 for picture in pictures:
@@ -153,9 +164,10 @@ class SearchService:
         """Remove items, as :meth:`add` adds; returns how many were there. Files go only if :meth:`add` kept them.
 
         Raises:
-            GalleryError: As :meth:`add`.
+            GalleryError: As :meth:`add`, or if the gallery was made anew with another model: ids are others by then.
         """
         with self._changing, Gallery.open(self.directory, writable=True) as gallery:
+            gallery.check_model(self.checksum)
             paths = [Path(item.path) for _, item in gallery.items(np.array(sorted(set(ids)), np.int64))]
             count = gallery.remove(ids)
             for path in paths:

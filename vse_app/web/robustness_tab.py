@@ -20,6 +20,7 @@ from vse_app.attack_case import THREATS, AttackRequest, AttackTarget
 from vse_app.audit_summary import verdict
 from vse_app.limits import Busy
 from vse_app.live_attack import Outcome, Progress, Ranked, run
+from vse_app.queries import find_item
 from vse_app.search_engine import SearchEngine
 from vse_app.web.cards import status
 from vse_app.web.charts import Series, line_chart
@@ -141,7 +142,7 @@ class RobustnessTab:
 
         def look(engine: SearchEngine) -> tuple[Any, str | None]:
             snapshot = engine.gallery.snapshot
-            return snapshot.manifest, snapshot.item(item).path if item is not None else None
+            return snapshot.manifest, find_item(engine.gallery, item).path if item is not None else None
 
         state, path = self._api.service.call(look).result()
         image = decode(Path(path)) if path is not None else read(sent or "")

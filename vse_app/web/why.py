@@ -13,6 +13,7 @@ from training.data.images import decode
 from training.errors import InputError
 from training.models.explanation import explain, overlay
 from vse_app.api import Api
+from vse_app.queries import find_item
 from vse_app.uploads import to_jpeg
 from vse_app.web.cards import Record
 
@@ -39,7 +40,7 @@ async def why(api: Api, record: Record, text: str) -> str:
         text: What was looked for; empty takes the picture's caption.
 
     Raises:
-        InputError: If the picture cannot be read, there are no words, or the model has no map to show.
+        InputError: If the picture was removed meanwhile or cannot be read, there are no words, or no map of the model.
     """
     words = text or record["caption"] or ""
     if not words:
@@ -49,8 +50,8 @@ async def why(api: Api, record: Record, text: str) -> str:
 
 
 def _html(api: Api, record: Record, text: str) -> str:
-    path = api.service.call(lambda engine: engine.gallery.snapshot.item(record["id"]).path).result()
-    found = explain(api.service.model, decode(Path(path)), text)
+    item = api.service.call(lambda engine: find_item(engine.gallery, record["id"])).result()
+    found = explain(api.service.model, decode(Path(item.path)), text)
     largest = max(1e-9, float(abs(found.word_weights).max()))
     buttons = [_button(-1, "all words", "true", 0.0, "the whole text")]
     pictures = [_picture(-1, overlay(found.view, found.heat, SIDE), f"where “{text}” is seen", shown=True)]
