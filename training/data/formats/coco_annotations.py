@@ -37,6 +37,8 @@ def read(directory: Path, split: str) -> Corpus:
     for i, record in enumerate(member(content, "images", list, str(path))):
         where = f"{path}: images[{i}]"
         image_id = _id(record, "id", where)
+        if image_id in position:
+            raise InputError(f"{where}: image id {image_id!r} occurs twice; make ids unique")
         position[image_id] = i
         image_ids.append(image_id)
         images.append(ImageFile(find(folders, member(record, "file_name", str, where), where)))
