@@ -134,7 +134,7 @@ def test_a_broken_picture_is_the_same_one_line_from_a_worker_process(workers: in
     pictures = [Picture(i) for i in range(4)]
     pictures[2].load = refuse  # type: ignore[method-assign]
     data = Pairs(Pixels(pictures, ImageTransform(16, 16)), Tokens(CAPTIONS, WordTokenizer.fit(CAPTIONS, 1)), OWNER)
-    batches = load_epoch(data, 0, [[0, 1], [2, 3], [4, 6], [9, 10]], workers)
+    batches = iter(load_epoch(data, 0, [[0, 1], [2, 3], [4, 6], [9, 10]], workers))
     assert [next(batches).pairs.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(InputError) as refused:
         next(batches)
