@@ -160,6 +160,8 @@ def other_vocabulary(directory: Path) -> None:
         (lambda directory: (directory / "vocabulary.json").unlink(), "vocabulary.json"),
         (lambda directory: (directory / CONFIG_FILE).write_text("{"), CONFIG_FILE),
         (lambda directory: (directory / CONFIG_FILE).write_text("[]"), CONFIG_FILE),
+        (lambda directory: (directory / CONFIG_FILE).write_text("[" * 20_000), CONFIG_FILE),
+        (lambda directory: (directory / CONFIG_FILE).write_text("9" * 5000), CONFIG_FILE),
         (lambda directory: (directory / CONFIG_FILE).write_bytes(b"\xff"), CONFIG_FILE),
         (edit_config(format=99), CONFIG_FILE),
         (edit_config(dim=None), CONFIG_FILE),

@@ -240,7 +240,9 @@ class DualEncoder(nn.Module):
             architectures, frozen = record["architectures"], record["frozen"]
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give the directory that vse train wrote") from None
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a model configuration ({error}); restore the run's own file") from None
         config = from_dict({"model": settings}, str(path)).model
         tokenizer = load_tokenizer(directory, config.text.encoder, config.text.max_tokens)
