@@ -262,7 +262,7 @@ class GradientSampling:
         recent = Clusters.of(sketches, labels[seen])
         scale = sizes / recent.sizes
         lengths = np.bincount(labels[seen], weights=np.linalg.norm(sketches, axis=1))
-        clusters = Clusters(labels, sizes, recent.sums * scale[:, None], recent.squares * scale)
+        clusters = Clusters(labels, sizes, recent.sums * scale[:, None], recent.squares * scale, recent.mean)
         return clusters, float(lengths @ scale / len(labels))
 
     def _plan(self) -> WeightedBatches:

@@ -156,6 +156,56 @@ class TestExactMoves:
             assert clusters.variance_ratio("proportional") <= 1
 
 
+class TestFarFromTheOrigin:
+    """The mean of all vectors is in none of what clusters are judged by; here it is up to 1e8 times the scatter."""
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("offset", [1e4, 1e6, 1e8])
+    @pytest.mark.parametrize("method", ["exact_moves", "assign_update", "kmeans"])
+    @pytest.mark.parametrize("init", ["random", "kmeans++"])
+    def test_clusters_are_those_of_centred_vectors(self, method: str, init: str, offset: float, dtype: type) -> None:
+        step = 2.0**-4 if dtype == np.float64 else float(np.spacing(np.float32(2 * offset)))
+        centred = step * np.rint(8 * mixture(600, 6, 5, 4.0))  # whole steps, which the sum with the offset can hold
+        centred -= step * np.rint(centred.mean(axis=0) / step)
+        far = (centred + offset).astype(dtype)
+        assert (far.astype(np.float64) - offset == centred).all()
+        near, found = (
+            fit_clusters(x, 6, method=method, init=init, tolerance=0, seed=2)  # type: ignore[arg-type]
+            for x in (centred, far)
+        )
+        assert len(found.sizes) == len(near.sizes)
+        assert found.objective[0] == pytest.approx(near.objective[0], rel=1e-6)
+        assert found.objective[-1] == pytest.approx(near.objective[-1], rel=0.01)  # equal but for ties in rounding
+        assert min(found.objective) > 0
+        assert found.variance_ratio("equal") == pytest.approx(near.variance_ratio("equal"), rel=0.01)
+
+    @pytest.mark.parametrize("objective", ALLOCATIONS)
+    def test_no_move_raises_the_objective(self, objective: Allocation) -> None:
+        x = (1e5 + 0.1 * mixture(800, 8, 6, 3.0)).astype(np.float32)
+        clusters = fit_clusters(x, 8, objective, tolerance=0)
+        assert all(after <= before * (1 + 1e-12) for before, after in pairwise(clusters.objective))
+        n, scatter = clusters.sizes, naive_scatter(x.astype(np.float64), clusters.labels)
+        naive = {"equal": n * scatter, "proportional": scatter, "neyman": np.sqrt(n * scatter)}[objective]
+        assert clusters.objective[-1] == pytest.approx(np.sum(naive), rel=1e-9)
+
+    def test_statistics(self) -> None:
+        x, labels = vectors(), np.random.default_rng(1).integers(5, size=60)
+        near, far = Clusters.of(x, labels), Clusters.of(x + 1e8, labels)
+        np.testing.assert_allclose(far.scatter, near.scatter, rtol=1e-6)
+        np.testing.assert_allclose(far.centers, near.centers + 1e8, rtol=1e-15)
+        merged = merge_small(far, x + 1e8, minimum=13)
+        assert (merged.labels == merge_small(near, x, minimum=13).labels).all()
+        assert len(merged.sizes) < 5
+
+    def test_online(self) -> None:
+        x, labels = mixture(200, 4, 3, 5.0), np.arange(200) % 4
+        near, far = (OnlineClusters(Clusters.of(some, labels)) for some in (x, x + 1e8))
+        for start in range(0, 200, 50):
+            some = x[start : start + 50]
+            assert (near.update(some) == far.update(some + 1e8)).all()
+        np.testing.assert_allclose(far.centers - 1e8, near.centers, atol=1e-6)
+
+
 class TestBaselines:
     def test_assign_update_keeps_its_best_iterate(self) -> None:
         for seed in range(5):

@@ -3,7 +3,8 @@
 Per-item gradients ``g_i``, or their sketches, are plain vectors here. For cluster k of ``N_k`` items with sum
 ``s_k`` and sum of squared lengths ``Q_k``, the scatter is ``S_k = Q_k - |s_k|² / N_k`` and the objective of
 gradient clustering is the sum of ``J_k = N_k S_k`` (Faghri et al., *A Study of Gradient Variance in Deep
-Learning*, 2020, arXiv 2007.04532, section 3). Everything follows from ``(N_k, Q_k, s_k)``.
+Learning*, 2020, arXiv 2007.04532, section 3). Everything follows from ``(N_k, Q_k, s_k)``, and none of it from where
+the vectors have their origin: it is put in their mean, or ``Q_k`` and ``|s_k|² / N_k`` could agree in every digit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Floats = NDArray[np.floating]
 Labels = NDArray[np.int64]
 Allocation = Literal["equal", "proportional", "neyman"]
 
+ROWS = 8192  # vectors that are in float64 at a time
 BLOCK = 512  # items whose best moves are searched with one matrix product
 TOGETHER = 32  # more of them than this move together if that lowers the objective, else one by one
 
@@ -38,8 +40,9 @@ class Clusters:
     Attributes:
         labels: int64 ``(N,)``, from 0 to K - 1; no cluster is empty.
         sizes: ``N_k``, ``(K,)``.
-        sums: ``s_k``, ``(K, m)``.
-        squares: ``Q_k``, ``(K,)``.
+        sums: ``s_k``, ``(K, m)``, of vectors less ``mean``.
+        squares: ``Q_k``, ``(K,)``, of vectors less ``mean``.
+        mean: Of all vectors, ``(m,)``.
         objective: The objective after each sweep or iteration that led here, the start first.
         moved: Items that changed their cluster in each.
     """
@@ -48,6 +51,7 @@ class Clusters:
     sizes: Floats
     sums: Floats
     squares: Floats
+    mean: Floats
     objective: tuple[float, ...] = ()
     moved: tuple[int, ...] = ()
 
@@ -64,8 +68,15 @@ class Clusters:
             moved: See the class.
         """
         _, labels = np.unique(labels, return_inverse=True)
-        sizes, sums, squares = _statistics(vectors, labels, int(labels.max()) + 1)
-        return cls(labels.astype(np.int64), sizes, sums, squares, objective, moved)
+        centred = _Centred(vectors)
+        statistics = centred.statistics(labels, int(labels.max()) + 1)
+        return cls(labels.astype(np.int64), *statistics, centred.mean, objective, moved)
+
+    @property
+    def centers(self) -> Floats:
+        """Mean of each cluster, ``(K, m)``."""
+        centers: Floats = self.mean + self.sums / self.sizes[:, None]
+        return centers
 
     @property
     def scatter(self) -> Floats:
@@ -143,28 +154,49 @@ def fit_clusters(
         raise ValueError("gradients are not finite")
     rng = np.random.default_rng(seed)
     count = min(count, len(vectors))
-    labels = _initial(vectors, count, init, rng)
+    centred = _Centred(vectors)
+    labels = _initial(centred, count, init, rng)
     if method == "exact_moves":
-        return _exact_moves(vectors, labels, count, OBJECTIVES[objective], max_sweeps, tolerance, rng)
-    return _alternate(vectors, labels, count, method == "assign_update", max_sweeps, tolerance, rng)
+        return _exact_moves(centred, labels, count, OBJECTIVES[objective], max_sweeps, tolerance, rng)
+    return _alternate(centred, labels, count, method == "assign_update", max_sweeps, tolerance, rng)
 
 
-def _statistics(vectors: Floats, labels: Labels, count: int) -> tuple[Floats, Floats, Floats]:
-    """``N_k``, ``s_k``, ``Q_k`` in float64, holding one cluster's items at a time."""
-    order = np.argsort(labels, kind="stable")
-    members = np.split(order, np.bincount(labels, minlength=count).cumsum()[:-1])
-    sums = np.stack([vectors[chosen].sum(axis=0, dtype=np.float64) for chosen in members])
-    squares = np.bincount(labels, weights=_squared_lengths(vectors), minlength=count).astype(np.float64)
-    return np.array([len(chosen) for chosen in members], dtype=np.float64), sums, squares
+class _Centred:
+    """Vectors less their mean, in float64; only the rows that are asked for are held."""
 
+    def __init__(self, vectors: Floats) -> None:
+        self.vectors = vectors
+        self.mean: Floats = vectors.mean(axis=0, dtype=np.float64)
 
-def _squared_lengths(vectors: Floats) -> Floats:
-    blocks = (vectors[start : start + 8192].astype(np.float64) for start in range(0, len(vectors), 8192))
-    return np.concatenate([np.square(block).sum(axis=1) for block in blocks])
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: Any) -> Floats:
+        rest: Floats = self.vectors[rows] - self.mean
+        return rest
+
+    def map(self, function: Callable[[Floats], Floats | Labels]) -> Any:
+        """What a function of rows gives for all of them, :data:`ROWS` at a time."""
+        return np.concatenate([function(self[start : start + ROWS]) for start in range(0, len(self), ROWS)])
+
+    def squared_lengths(self) -> Floats:
+        """``(N,)``."""
+        lengths: Floats = self.map(lambda rows: np.square(rows).sum(axis=1))
+        return lengths
+
+    def statistics(self, labels: Labels, count: int) -> tuple[Floats, Floats, Floats]:
+        """``N_k``, ``s_k`` and ``Q_k`` of ``count`` clusters."""
+        order, sizes = np.argsort(labels, kind="stable"), np.bincount(labels, minlength=count)
+        sums = np.zeros((count, self.vectors.shape[1]))
+        for cluster, members in enumerate(np.split(order, sizes.cumsum()[:-1])):
+            for start in range(0, len(members), ROWS):
+                sums[cluster] += self[members[start : start + ROWS]].sum(axis=0)
+        squares = np.bincount(labels, weights=self.squared_lengths(), minlength=count).astype(np.float64)
+        return sizes.astype(np.float64), sums, squares
 
 
 def _exact_moves(
-    vectors: Floats,
+    vectors: _Centred,
     labels: Labels,
     count: int,
     cost: Callable[[Any, Any, Any], Any],
@@ -172,9 +204,9 @@ def _exact_moves(
     tolerance: float,
     rng: np.random.Generator,
 ) -> Clusters:
-    labels = labels.copy()
-    sizes, sums, squares = _statistics(vectors, labels, count)
-    lengths = _squared_lengths(vectors)
+    labels, dtype = labels.copy(), vectors.vectors.dtype
+    sizes, sums, squares = vectors.statistics(labels, count)
+    lengths = vectors.squared_lengths()
     objective = [float(cost(sizes, squares, np.square(sums).sum(axis=1)).sum())]
     moved: list[int] = []
     negligible = 1e-12 * max(objective[0], 1e-300) / len(vectors)  # below this a gain is rounding
@@ -186,7 +218,7 @@ def _exact_moves(
             rows, own, length = np.arange(len(block)), labels[block], lengths[block]
             norms = np.square(sums).sum(axis=1)  # (K,)
             now = cost(sizes, squares, norms)  # (K,)
-            dots = (vectors[block] @ sums.astype(vectors.dtype).T).astype(np.float64)  # (b, K)
+            dots = (vectors[block].astype(dtype) @ sums.astype(dtype).T).astype(np.float64)  # (b, K)
             joined = norms + 2 * dots + length[:, None]
             rise = cost(sizes + 1, squares + length[:, None], joined) - now  # (b, K)
             left = norms[own] - 2 * dots[rows, own] + length
@@ -205,7 +237,7 @@ def _exact_moves(
             for i in wanted:
                 item, here, there = block[i], own[i], target[i]
                 pair = [here, there]
-                g, g2 = vectors[item].astype(np.float64), length[i]
+                g, g2 = vectors[item], length[i]
                 s = sums[pair]
                 s2 = np.square(s).sum(axis=1)
                 sign = np.array([-1.0, 1.0])
@@ -221,22 +253,21 @@ def _exact_moves(
         moved.append(moves)
         if moves == 0 or objective[-2] - objective[-1] < tolerance * objective[-2]:
             break
-    return Clusters.of(vectors, labels, tuple(objective), tuple(moved))
+    return Clusters.of(vectors.vectors, labels, tuple(objective), tuple(moved))
 
 
 def _moved(
-    statistics: tuple[Floats, Floats, Floats], vectors: Floats, own: Labels, target: Labels
+    statistics: tuple[Floats, Floats, Floats], moving: Floats, own: Labels, target: Labels
 ) -> tuple[Floats, Floats, Floats]:
     """``N_k``, ``s_k``, ``Q_k`` after some items have gone from their own to their target clusters."""
     sizes, sums, squares = statistics
     clusters = np.arange(len(sizes))[:, None]
     change = (clusters == target).astype(np.float64) - (clusters == own)  # (K, b)
-    moving = vectors.astype(np.float64)
     return sizes + change.sum(axis=1), sums + change @ moving, squares + change @ np.square(moving).sum(axis=1)
 
 
 def _alternate(
-    vectors: Floats,
+    vectors: _Centred,
     labels: Labels,
     count: int,
     weighted: bool,
@@ -249,7 +280,7 @@ def _alternate(
     moved: list[int] = []
     best = labels
     for _ in range(iterations + 1):
-        sizes, sums, squares = _statistics(vectors, labels, count)
+        sizes, sums, squares = vectors.statistics(labels, count)
         costs = cost(sizes, squares, np.square(sums).sum(axis=1))
         objective.append(float(costs.sum()))
         if objective[-1] <= min(objective):
@@ -261,31 +292,34 @@ def _alternate(
             half = rng.permutation(np.flatnonzero(labels == costs.argmax()))[::2]
             labels = labels.copy()
             labels[half] = sizes.argmin()
-            sizes, sums, squares = _statistics(vectors, labels, count)
+            sizes, sums, squares = vectors.statistics(labels, count)
         previous = labels
-        labels = nearest(vectors, sums / np.maximum(sizes, 1)[:, None], sizes if weighted else np.ones(count))
+        centers = sums / np.maximum(sizes, 1)[:, None]
+        labels = _nearest(vectors, centers, sizes if weighted else np.ones(count))
         moved.append(int((labels != previous).sum()))
-    return Clusters.of(vectors, best, tuple(objective), tuple(moved))
+    return Clusters.of(vectors.vectors, best, tuple(objective), tuple(moved))
 
 
-def nearest(vectors: Floats, centers: Floats, weights: Floats) -> Labels:
-    """``argmin_k w_k |g_i - C_k|²``, int64 ``(N,)``.
+def _nearest(vectors: _Centred, centers: Floats, weights: Floats) -> Labels:
+    """``argmin_k w_k |g_i - C_k|²``, int64 ``(N,)``; clusters of weight 0, the empty ones, are never chosen.
 
     Args:
         vectors: ``(N, m)``.
-        centers: ``C_k``, ``(K, m)``.
-        weights: ``w_k``, ``(K,)``; clusters of weight 0, the empty ones, are never chosen.
+        centers: ``C_k``, ``(K, m)``, less the vectors' mean.
+        weights: ``w_k``, ``(K,)``.
     """
-    labels = np.empty(len(vectors), dtype=np.int64)
     norms = np.square(centers).sum(axis=1)
-    for start in range(0, len(vectors), 8192):
-        block = vectors[start : start + 8192].astype(np.float64)
-        distances = np.square(block).sum(axis=1)[:, None] - 2 * block @ centers.T + norms
-        labels[start : start + 8192] = np.where(weights > 0, weights * distances, np.inf).argmin(axis=1)
+
+    def best(rows: Floats) -> Labels:
+        distances = np.square(rows).sum(axis=1)[:, None] - 2 * rows @ centers.T + norms
+        chosen: Labels = np.where(weights > 0, weights * distances, np.inf).argmin(axis=1)
+        return chosen
+
+    labels: Labels = vectors.map(best)
     return labels
 
 
-def _initial(vectors: Floats, count: int, init: str | Labels, rng: np.random.Generator) -> Labels:
+def _initial(vectors: _Centred, count: int, init: str | Labels, rng: np.random.Generator) -> Labels:
     if not isinstance(init, str):
         if init.shape != (len(vectors),) or init.min() < 0 or init.max() >= count:
             raise ValueError(f"initial labels must be {len(vectors)} numbers from 0 to {count - 1}")
@@ -293,16 +327,16 @@ def _initial(vectors: Floats, count: int, init: str | Labels, rng: np.random.Gen
     if init == "random":
         return rng.permutation(np.arange(len(vectors)) % count)
     seeds = [int(rng.integers(len(vectors)))]
-    squared = _squared_lengths(vectors)
+    squared = vectors.squared_lengths()
     distance = np.full(len(vectors), np.inf)
     while len(seeds) < count:
         latest = vectors[seeds[-1]]
-        distance = np.minimum(distance, np.maximum(squared - 2 * (vectors @ latest) + squared[seeds[-1]], 0))
+        dots = vectors.map(lambda rows, latest=latest: rows @ latest)  # type: ignore[misc]
+        distance = np.minimum(distance, np.maximum(squared - 2 * dots + squared[seeds[-1]], 0))
         if not distance.sum() > 0:
             break
         seeds.append(int(rng.choice(len(vectors), p=distance / distance.sum())))
-    centers = vectors[seeds].astype(np.float64)
-    return nearest(vectors, centers, np.ones(len(seeds)))
+    return _nearest(vectors, vectors[seeds], np.ones(len(seeds)))
 
 
 def merge_small(clusters: Clusters, vectors: Floats, minimum: int) -> Clusters:
@@ -346,18 +380,19 @@ class OnlineClusters:
     """
 
     def __init__(self, clusters: Clusters, decay: float = 0.99, starved: float = 0.01, seed: int = 0) -> None:
-        self.centers = clusters.sums / clusters.sizes[:, None]
+        self.centers = clusters.centers
         self.sizes = clusters.sizes / clusters.sizes.sum()
         self.decay, self.starved = decay, starved
         self._rng = np.random.default_rng(seed)
 
     def update(self, vectors: Floats) -> Labels:
         """Assign a batch ``(b, m)`` and follow it; returns int64 ``(b,)``."""
-        labels = nearest(vectors, self.centers, self.sizes)
-        counts, sums, _ = _statistics(vectors, labels, len(self.sizes))
+        centred = _Centred(vectors)
+        labels = _nearest(centred, self.centers - centred.mean, self.sizes)
+        counts, sums, _ = centred.statistics(labels, len(self.sizes))
         share = (1 - self.decay) * counts / len(vectors)
         sizes = self.decay * self.sizes + share
-        means = sums / np.maximum(counts, 1)[:, None]
+        means = centred.mean + sums / np.maximum(counts, 1)[:, None]
         self.centers += (share / sizes)[:, None] * (means - self.centers)
         self.sizes = sizes
         for cluster in np.flatnonzero(sizes < self.starved / len(sizes)):

@@ -70,5 +70,5 @@ def round_up(overhead: float) -> float:
 def importance_ratio(clusters: Clusters, length: float) -> float:
     """Variance of draws by gradient norm over that of uniform ones, ``((mean |g|)² - |μ|²) N / S``."""
     count, scatter = clusters.sizes.sum(), clusters.total_scatter
-    mean_square = float(np.square(clusters.sums.sum(axis=0) / count).sum())
+    mean_square = float(np.square(clusters.mean + clusters.sums.sum(axis=0) / count).sum())
     return float((length**2 - mean_square) * count / scatter) if scatter > 0 else 1.0
