@@ -236,7 +236,6 @@ class Gallery:
 
         Args:
             write: Puts them into the folder that it is given.
-
         """
         with self._change():
             self._commit(changes.with_part(self.snapshot, "calibration", write))
@@ -266,11 +265,7 @@ class Gallery:
         ]
 
     def vectors(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors of these items, float32 ``(M, D)`` for int64 ``(M,)``.
-
-        Raises:
-            GalleryError: If an id is not here.
-        """
+        """The vectors of these items, float32 ``(M, D)`` for int64 ``(M,)``; see :meth:`.Snapshot.vectors`."""
         return self.snapshot.vectors(ids)
 
     def items(self, ids: NDArray[np.int64] | None = None) -> Iterator[tuple[int, Item]]:
@@ -282,8 +277,12 @@ class Gallery:
         return self.snapshot.ids_of(paths)
 
     def ids_where(self, conditions: Sequence[Condition]) -> NDArray[np.int64]:
-        """Ids of the items for which all conditions hold, int64 ``(M,)``, ascending: for :meth:`search`."""
+        """Ids of the items for which all conditions hold, int64 ``(M,)``, ascending, read-only: for :meth:`search`."""
         return self.snapshot.ids_where(conditions)
+
+    def unknown_fields(self, conditions: Sequence[Condition]) -> str | None:
+        """A line that names fields of the conditions that no item has, and those there are; None if all are known."""
+        return self.snapshot.unknown_fields(conditions)
 
     def unchanged(self, files: Mapping[str, tuple[int, int]]) -> set[str]:
         """Which files, given by path with size in bytes and time of change in ns, are here as they are now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import GalleryError
-from index.filters import Condition
+from index.filters import Condition, all_hold, json_field
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
@@ -23,6 +24,7 @@ _SCHEMA = (
     "mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL, metadata TEXT NOT NULL)"
 )
 _MEND = "restore it or build the gallery again"
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # as JSON writes it
 _ITEM = "id, path, caption, size, mtime_ns, sha256, metadata"
 # One bound JSON array stands for any number of values, past SQLite's limit on parameters.
 _GIVEN = "(SELECT value FROM json_each(?))"
@@ -58,7 +60,7 @@ def write_items(path: Path, items: Sequence[Item], ids: NDArray[np.int64]) -> No
         ids: int64 ``(N,)``.
 
     Raises:
-        GalleryError: If a path leads elsewhere, metadata is not JSON, or text is not Unicode.
+        GalleryError: If a path leads elsewhere, metadata is not JSON, or text is not Unicode or contains a NUL.
     """
 
     def rows() -> Iterator[tuple[object, ...]]:
@@ -72,6 +74,9 @@ def write_items(path: Path, items: Sequence[Item], ids: NDArray[np.int64]) -> No
                 raise GalleryError(f"{item.path!r}: {error.object!r} is not Unicode; rename it") from error
             except (TypeError, ValueError, RecursionError) as error:
                 raise GalleryError(f"{item.path}: metadata is not JSON ({error}); leave that out") from error
+            # SQLite's functions end at a NUL, so conditions would see something else than what is stored.
+            if "\0" in f"{item.caption}{item.sha256}" or _NUL.search(metadata):
+                raise GalleryError(f"{item.path}: its caption or metadata contains a NUL character; leave that out")
             if not max(abs(item.size), abs(item.mtime_ns)) < 1 << 63:
                 raise GalleryError(f"{item.path}: size {item.size} or time {item.mtime_ns} is too large; correct it")
             yield key, item.path, item.caption, item.size, item.mtime_ns, item.sha256, metadata
@@ -112,6 +117,7 @@ class ItemFile:
             )
             try:
                 self._db.execute("PRAGMA trusted_schema = OFF")
+                self._db.create_function("json_field", 2, json_field, deterministic=True)
                 # A view or trigger in a file from elsewhere would be code.
                 schema = self._db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
                 if schema != [("table", "items", _SCHEMA), ("index", "sqlite_autoindex_items_1", None)]:
@@ -130,9 +136,23 @@ class ItemFile:
 
     def ids_where(self, conditions: Sequence[Condition]) -> NDArray[np.int64]:
         """Ids of the items for which all conditions hold, int64."""
-        expressions = [condition.sql() for condition in conditions]
-        where = " AND ".join(["1", *(sql for sql, _ in expressions)])
-        return self._ids(where, [value for _, values in expressions for value in values])
+        return self._ids(*all_hold(conditions))
+
+    def ids_below(self, folders: Sequence[str]) -> NDArray[np.int64]:
+        """Ids of the items in these folders or below, int64, in no particular order."""
+        # The index of paths serves this range: after the slash comes the zero.
+        where = "path >= json_extract(?1, '$[0]') AND path < json_extract(?1, '$[1]')"
+        ranges = (json.dumps([f"{folder.rstrip('/')}{end}" for end in "/0"]) for folder in folders)
+        return np.concatenate([np.empty(0, np.int64), *(self._ids(where, [ends]) for ends in ranges)])
+
+    def has(self, condition: Condition) -> bool:
+        """Whether some item has the field of a condition."""
+        present, parameters = condition.presence_sql()
+        return bool(len(self._ids(f"{present} LIMIT 1", parameters)))
+
+    def metadata_names(self) -> set[str]:
+        """Names of the outermost fields of the metadata."""
+        return {name for (name,) in self._rows("SELECT DISTINCT key FROM items, json_each(items.metadata)", [])}
 
     def get(self, key: int) -> Item:
         """The item of an id.
@@ -160,9 +180,11 @@ class ItemFile:
         if found < len(ids):
             raise GalleryError(f"{self.path}: lacks items of the vectors; {_MEND}")
 
-    def facts(self) -> Iterator[tuple[int, str, int, int]]:
-        """Id, path, size and time of change of every item."""
-        return self._rows("SELECT id, path, size, mtime_ns FROM items ORDER BY id", [])
+    def facts(self, paths: Sequence[str] | None = None) -> Iterator[tuple[int, str, int, int]]:
+        """Id, path, size and time of change of every item in order of id, or of those paths that are here."""
+        wanted = "ORDER BY id" if paths is None else f"WHERE path IN {_GIVEN}"
+        given = [] if paths is None else [json.dumps(paths)]
+        return self._rows(f"SELECT id, path, size, mtime_ns FROM items {wanted}", given)
 
     def check(self) -> None:
         """Read everything once.

@@ -7,19 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import GalleryError
-from index.filters import Condition
+from index.filters import COLUMNS, Condition, all_hold, written
 from index.items import Item
 from index.manifest import Manifest
 from index.segment import BLOCK_BYTES, Segment, check_part
 
 _ATTEMPTS = 10
 _ITEMS_AT_ONCE = 4096
+_FOUND, _FOUND_BYTES = 64, 1 << 25
+"""So many answers to conditions, and bytes of them, are kept: whoever filters asks for the same again and again."""
+_NAMED = 40
+"""Fields that are named to whoever asked for one that is unknown."""
 
 
 class Snapshot:
@@ -37,6 +41,8 @@ class Snapshot:
         self.manifest = manifest
         self.segments = segments
         self._ends = [int(segment.ids[-1]) for segment in segments]
+        self._found: dict[tuple[object, ...], NDArray[np.int64]] = {}
+        self._lock = Lock()
 
     @classmethod
     def open(cls, directory: Path, manifest: Manifest | None = None, former: Snapshot | None = None) -> Snapshot:
@@ -163,13 +169,43 @@ class Snapshot:
         """Ids of those paths that are here, int64, ascending."""
         return self._alive(segment.items.ids_of(paths) for segment in self.segments)
 
+    def ids_below(self, folders: Sequence[str]) -> NDArray[np.int64]:
+        """Ids of the items whose path is one of these, or below it as a folder, int64, ascending."""
+        below = self._alive(segment.items.ids_below(folders) for segment in self.segments)
+        return np.union1d(below, self.ids_of(folders))
+
     def ids_where(self, conditions: Sequence[Condition]) -> NDArray[np.int64]:
-        """Ids of the items for which all conditions hold, int64, ascending."""
-        return self._alive(segment.items.ids_where(conditions) for segment in self.segments)
+        """Ids of the items for which all conditions hold, int64, ascending; not to be written to, as they are kept."""
+        where, parameters = all_hold(conditions)
+        key = where, *parameters
+        with self._lock:
+            found = self._found.pop(key, None)
+        if found is None:
+            found = self._alive(segment.items.ids_where(conditions) for segment in self.segments)
+            found.flags.writeable = False
+        with self._lock:
+            self._found[key] = found  # the latest comes last
+            while len(self._found) > _FOUND or sum(ids.nbytes for ids in self._found.values()) > _FOUND_BYTES:
+                del self._found[next(iter(self._found))]
+        return found
+
+    def unknown_fields(self, conditions: Sequence[Condition]) -> str | None:
+        """A line that names fields of the conditions that no item has, and those there are; None if all are known."""
+        unknown = [
+            condition.field
+            for condition in conditions
+            if self.segments and not any(segment.items.has(condition) for segment in self.segments)
+        ]
+        if not unknown:
+            return None
+        names = sorted({written(name) for segment in self.segments for name in segment.items.metadata_names()})
+        more = ", …" if len(names) > _NAMED else ""
+        known = ", ".join([*COLUMNS, *names[:_NAMED]])
+        return f"no item has a field {', '.join(map(repr, unknown))}; fields are {known}{more}"
 
     def paths(self) -> Iterator[tuple[int, str]]:
         """Id and path of every item, in order of id."""
-        for key, path, *_ in self._facts():
+        for key, path, *_ in self._facts(None):
             yield key, path
 
     def unchanged(self, files: Mapping[str, tuple[int, int]]) -> set[str]:
@@ -178,10 +214,17 @@ class Snapshot:
         Args:
             files: Size in bytes and time of change in nanoseconds, by path.
         """
-        return {path for _, path, *now in self._facts() if files.get(path) == tuple(now)}
+        # Looking up is several times as long as reading on, in each segment.
+        few = len(files) * 4 * len(self.segments) < self.manifest.items
+        return {path for _, path, *now in self._facts(list(files) if few else None) if files.get(path) == tuple(now)}
 
-    def _facts(self) -> Iterator[tuple[int, str, int, int]]:
+    def _facts(self, paths: Sequence[str] | None) -> Iterator[tuple[int, str, int, int]]:
         for segment in self.segments:
+            if paths is not None:
+                found = list(segment.items.facts(paths))
+                rows = segment.rows_of(np.array([key for key, *_ in found], np.int64))
+                yield from (facts for facts, row in zip(found, rows.tolist(), strict=True) if row >= 0)
+                continue
             alive = set(segment.ids[segment.alive].tolist())
             yield from (facts for facts in segment.items.facts() if facts[0] in alive)
 

@@ -119,9 +119,7 @@ def _remove(args: argparse.Namespace) -> None:
         absent = 0
         if args.paths:
             targets = [str(path.resolve()) for path in args.paths]
-            below = tuple(f"{target.rstrip('/')}/" for target in targets)
-            given = set(targets)
-            named = {key: path for key, path in gallery.snapshot.paths() if path in given or path.startswith(below)}
+            named = {key: item.path for key, item in gallery.items(gallery.snapshot.ids_below(targets))}
             chosen &= named.keys()
             there = {str(folder) for path in named.values() for folder in (path, *PurePath(path).parents)}
             absent = sum(target not in there for target in targets)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,11 @@ import pytest
 from gallery_tools import CURVE, DIM, MODEL, create, files_of, furnish, item, refused, small_index, vectors
 
 import index
-from index import changes, searcher
+from index import changes, items, searcher
 from index import gallery as galleries
 from index.approximate_index import ApproximateIndex
 from index.errors import GalleryError
+from index.filters import Condition
 from index.gallery import Gallery
 from index.items import Item
 from index.manifest import SegmentPart
@@ -55,6 +57,47 @@ def test_paths_of_all_kinds_are_found_again(gallery: Gallery, path: str) -> None
     assert gallery.ids_of([path, "\udcff.jpg", ""]).tolist() == [key]
     assert [(hit.id, hit.item.path) for hit in gallery.search(vectors(0, 1), 1)[0]] == [(key, path)]
     assert gallery.remove([path]) == 1
+
+
+@pytest.mark.parametrize("text", ["\\u0000", "a\\\\u0000", "\\", "\1"])
+def test_what_only_looks_like_a_nul_is_kept(gallery: Gallery, text: str) -> None:
+    gallery.add([item("a", caption=text, metadata={text: [text]})], vectors(0, 1))
+    assert [one for _, one in gallery.items()] == [item("a", caption=text, metadata={text: [text]})]
+    assert gallery.ids_where([Condition("caption", "=", text)]).tolist() == [1]
+
+
+def test_items_with_a_nul_of_earlier_galleries_are_read_and_merged(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = item("a", caption="a\0b", metadata={"x": "c\0d"})
+    with monkeypatch.context() as patch:
+        patch.setattr(items, "_NUL", re.compile("(?!)"))
+        gallery.add([item("a", caption="a", metadata=old.metadata)], vectors(0, 1))
+    gallery.add([item("b")], vectors(1, 1))
+    gallery.compact()
+    assert [one.metadata for _, one in gallery.items()] == [old.metadata, {}]
+    assert not verify(gallery.directory).problems
+
+
+@pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        ([], []),
+        (["/a"], ["/a", "/a/1", "/a/b/2"]),
+        (["/a/b/", "/a-b"], ["/a-b", "/a/b/2"]),
+        (["/é", "/a/1"], ["/a/1", "/é/日"]),
+        (["/", "/a"], ["/a", "/a-b", "/a/1", "/a/b/2", "/a0", "/é/日"]),
+        (["a", "\udcff", "/a/*", "/%", "/A"], []),
+    ],
+)
+def test_items_below_folders(gallery: Gallery, folders: list[str], found: list[str]) -> None:
+    paths = ["/a/1", "/a", "/é/日", "/a-b", "/a0", "/a/b/2", "/a/gone"]
+    gallery.add([item(path) for path in paths[:4]], vectors(0, 4))
+    gallery.add([item(path) for path in paths[4:]], vectors(1, 3))
+    gallery.remove(["/a/gone"])
+    ids = gallery.snapshot.ids_below(folders)
+    assert ids.tolist() == sorted(ids.tolist())
+    assert sorted(one.path for _, one in gallery.items(ids)) == found
 
 
 def test_a_path_of_digits_is_not_an_id(gallery: Gallery) -> None:
@@ -97,6 +140,10 @@ def test_info_and_model(gallery: Gallery) -> None:
         ([item("new"), item("a/../b")], 2, "no plain path"),
         ([item("new"), item("a\\..\\b")], 2, "no plain path"),
         ([item("new"), item("a\0b")], 2, "no plain path"),
+        ([item("new"), item("b", caption="a\0b")], 2, "^b: .*NUL"),
+        ([item("new"), item("b", sha256="\0")], 2, "^b: .*NUL"),
+        ([item("new"), item("b", metadata={"x": ["a", {"y": "\\\0"}]})], 2, "^b: .*NUL"),
+        ([item("new"), item("b", metadata={"\0": 1})], 2, "^b: .*NUL"),
         ([item("new"), item("b", size=1 << 70)], 2, "too large"),
     ],
 )
