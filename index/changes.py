@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +70,24 @@ def removed(snapshot: Snapshot, ids: NDArray[np.int64], state: Manifest | None =
         elif rest := segment.without(snapshot.directory, ids, number):
             segments.append(rest)
             number += 1
+    return _with(replace(state, next_part=number), tuple(segments))
+
+
+def updated(snapshot: Snapshot, items: Mapping[int, Item]) -> Manifest:
+    """With something else known of some ids, all of which are here; vectors stay.
+
+    Args:
+        snapshot: The state to change.
+        items: By id, no path twice, and none that an id has which is not among them.
+    """
+    state = snapshot.manifest
+    ids = np.fromiter(items, np.int64)
+    segments, number = [], state.next_part
+    for segment in snapshot.segments:
+        here = ids[segment.rows_of(ids) >= 0].tolist()
+        changed = {key: items[key] for key in here}
+        segments.append(segment.updated(snapshot.directory, changed, number) if here else segment.part)
+        number += bool(here)
     return _with(replace(state, next_part=number), tuple(segments))
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from index.approximate_index import ApproximateIndex
 from index.errors import GalleryError, ModelError
 from index.files import locked, make_directory
 from index.filters import Condition
-from index.items import JSON, Item
+from index.items import JSON, Item, check_item
 from index.manifest import KINDS, NAME, Manifest, Part
 from index.searcher import CURVE, Searcher, index_lag, read_curve
 from index.segment import check_part
@@ -192,6 +192,27 @@ class Gallery:
             self._refill_if_behind()
         return np.arange(first, first + len(paths))
 
+    def update(self, items: Mapping[int, Item]) -> None:
+        """Change what is known of items, which keep their ids and vectors; on disk when this returns, or not at all.
+
+        Args:
+            items: By id. Others that have one of their paths are removed.
+
+        Raises:
+            GalleryError: If an id is not here, a path is there twice, an item cannot be stored, or the disk is full.
+        """
+        with self._change():
+            for item in items.values():
+                check_item(item)
+            paths = [item.path for item in items.values()]
+            if len(set(paths)) < len(paths):
+                raise GalleryError(f"{self.directory}: a path occurs twice among the items; give each path once")
+            ids = np.array(sorted(items), np.int64)
+            if len(missing := np.setdiff1d(ids, self.snapshot.ids())):
+                raise GalleryError(f"{self.directory}: has no item {missing[0]}; it may have been removed")
+            self._commit(changes.removed(self.snapshot, np.setdiff1d(self.snapshot.ids_of(paths), ids)))
+            self._commit(changes.updated(self.snapshot, items))
+
     def remove(self, keys: Iterable[str | int]) -> int:
         """Remove items by path or id; returns how many were there.
 
@@ -275,6 +296,10 @@ class Gallery:
     def ids_of(self, paths: Sequence[str]) -> NDArray[np.int64]:
         """Ids of those paths that are here, int64, ascending."""
         return self.snapshot.ids_of(paths)
+
+    def ids_of_sizes(self, sizes: Collection[int]) -> NDArray[np.int64]:
+        """Ids of the items whose files had so many bytes when they were added, int64, ascending."""
+        return self.snapshot.ids_of_sizes(sizes)
 
     def ids_where(self, conditions: Sequence[Condition]) -> NDArray[np.int64]:
         """Ids of the items for which all conditions hold, int64 ``(M,)``, ascending, read-only: for :meth:`search`."""

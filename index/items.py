@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,35 @@ class Item:
     metadata: dict[str, JSON] = field(default_factory=dict)
 
 
+def check_item(item: Item) -> str:
+    """The metadata of an item as it is stored.
+
+    Raises:
+        GalleryError: If any of the item cannot be stored: a path leads elsewhere, metadata is not JSON, or text is
+            not Unicode or contains a NUL.
+    """
+    _check_path(item.path)
+    try:
+        # Not escaped, as SQLite compares the names of fields as they are written.
+        metadata = json.dumps(item.metadata, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GalleryError(f"{item.path}: metadata is not JSON ({error}); leave that out") from error
+    for what, text in (("its caption", item.caption or ""), ("its metadata", metadata), ("its checksum", item.sha256)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]  # of a pair, as a scraper may have cut it
+            raise GalleryError(
+                f"{item.path}: {half!r} in {what} is half a character, not Unicode; correct it"
+            ) from error
+    # SQLite's functions end at a NUL, so conditions would see something else than what is stored.
+    if "\0" in f"{item.caption}{item.sha256}" or _NUL.search(metadata):
+        raise GalleryError(f"{item.path}: its caption or metadata contains a NUL character; leave that out")
+    if not max(abs(item.size), abs(item.mtime_ns)) < 1 << 63:
+        raise GalleryError(f"{item.path}: size {item.size} or time {item.mtime_ns} is too large; correct it")
+    return metadata
+
+
 def write_items(path: Path, items: Sequence[Item], ids: NDArray[np.int64]) -> None:
     """Make the file of a segment.
 
@@ -60,37 +89,24 @@ def write_items(path: Path, items: Sequence[Item], ids: NDArray[np.int64]) -> No
         ids: int64 ``(N,)``.
 
     Raises:
-        GalleryError: If a path leads elsewhere, metadata is not JSON, or text is not Unicode or contains a NUL.
+        GalleryError: If an item cannot be stored, see :func:`check_item`.
     """
-
-    def rows() -> Iterator[tuple[object, ...]]:
-        for key, item in zip(ids.tolist(), items, strict=True):
-            _check_path(item.path)
-            try:
-                # Not escaped, as SQLite compares the names of fields as they are written.
-                metadata = json.dumps(item.metadata, allow_nan=False, ensure_ascii=False)
-                "".join((item.path, item.caption or "", item.sha256, metadata)).encode()
-            except UnicodeEncodeError as error:
-                raise GalleryError(f"{item.path!r}: {error.object!r} is not Unicode; rename it") from error
-            except (TypeError, ValueError, RecursionError) as error:
-                raise GalleryError(f"{item.path}: metadata is not JSON ({error}); leave that out") from error
-            # SQLite's functions end at a NUL, so conditions would see something else than what is stored.
-            if "\0" in f"{item.caption}{item.sha256}" or _NUL.search(metadata):
-                raise GalleryError(f"{item.path}: its caption or metadata contains a NUL character; leave that out")
-            if not max(abs(item.size), abs(item.mtime_ns)) < 1 << 63:
-                raise GalleryError(f"{item.path}: size {item.size} or time {item.mtime_ns} is too large; correct it")
-            yield key, item.path, item.caption, item.size, item.mtime_ns, item.sha256, metadata
-
     with _new_table(path) as table:
-        table.executemany(f"INSERT INTO items ({_ITEM}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
+        _insert(table, zip(ids.tolist(), items, strict=True))
 
 
-def merge_items(path: Path, sources: Iterable[tuple[Path, NDArray[np.int64]]]) -> None:
+def merge_items(
+    path: Path, sources: Iterable[tuple[Path, NDArray[np.int64]]], changed: Mapping[int, Item] | None = None
+) -> None:
     """Make the file of a merged segment.
 
     Args:
         path: Where.
         sources: Files, and for each the ids to leave out, int64 ``(M,)``.
+        changed: Items to put in by their ids, in place of some that are left out.
+
+    Raises:
+        GalleryError: If one of these cannot be stored, see :func:`check_item`.
     """
     with _new_table(path) as table:
         for source, removed in sources:
@@ -100,6 +116,7 @@ def merge_items(path: Path, sources: Iterable[tuple[Path, NDArray[np.int64]]]) -
             table.execute("COMMIT")
             table.execute("DETACH source")
             table.execute("BEGIN")
+        _insert(table, (changed or {}).items())
 
 
 class ItemFile:
@@ -133,6 +150,10 @@ class ItemFile:
     def ids_of(self, paths: Sequence[str]) -> NDArray[np.int64]:
         """Ids of those paths that are here, int64, in no particular order."""
         return self._ids(f"path IN {_GIVEN}", [json.dumps(paths)])
+
+    def ids_of_sizes(self, sizes: Collection[int]) -> NDArray[np.int64]:
+        """Ids of the items whose files had so many bytes, int64, in no particular order."""
+        return self._ids(f"size IN {_GIVEN}", [json.dumps(list(sizes))])
 
     def ids_where(self, conditions: Sequence[Condition]) -> NDArray[np.int64]:
         """Ids of the items for which all conditions hold, int64."""
@@ -240,7 +261,18 @@ def _new_table(path: Path) -> Iterator[sqlite3.Connection]:
         table.execute("COMMIT")
 
 
+def _insert(table: sqlite3.Connection, items: Iterable[tuple[int, Item]]) -> None:
+    rows = (
+        (key, item.path, item.caption, item.size, item.mtime_ns, item.sha256, check_item(item)) for key, item in items
+    )
+    table.executemany(f"INSERT INTO items ({_ITEM}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+
 def _check_path(path: str) -> None:
     """Whoever serves an item's file must not be led out of a folder by its name."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise GalleryError(f"{path!r}: its name is not Unicode; rename it") from error
     if not path or "\0" in path or ".." in path.replace("\\", "/").split("/"):
         raise GalleryError(f"{path!r}: is no plain path of an item; give it without '..'")

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import GalleryError
-from index.files import FileRecord, check_directory, check_file, new_directory, replacing
+from index.files import FileRecord, check_directory, check_file, new_directory, replacing, sync
 from index.items import Item, ItemFile, merge_items, write_items
 from index.manifest import Part, SegmentPart
 
 VECTORS, IDS, ITEMS = "vectors.npy", "ids.npy", "items.sqlite"
+ITEMS_AGAIN = "items-"
+"""What the file of the items begins with, before a number, once some of them are changed."""
 _NEAR = 8
 """Reading so many rows in between takes less time than another call."""
 BLOCK_BYTES = 1 << 24
@@ -41,7 +43,8 @@ class Segment:
 
     def __init__(self, directory: Path, part: SegmentPart, dim: int) -> None:
         self.part = part
-        folder = check_part(directory, part, (VECTORS, IDS, ITEMS))
+        items = next((name for name in part.files if name.startswith(ITEMS_AGAIN)), ITEMS)
+        folder = check_part(directory, part, (VECTORS, IDS, items))
         self.ids: NDArray[np.int64] = map_array(folder / IDS, np.int64, (part.rows,))
         self.dim = dim
         # Looked at but not kept: pages of a mapping, once touched, would stay in memory.
@@ -55,7 +58,7 @@ class Segment:
         with ExitStack() as resources:
             # Held open, so that the rows can be read even after a writer has merged and deleted the segment.
             self._file = resources.enter_context(_open(folder / VECTORS))
-            self.items = resources.enter_context(closing(ItemFile(folder / ITEMS)))
+            self.items = resources.enter_context(closing(ItemFile(folder / items)))
             self._resources = resources.pop_all()
 
     def close(self) -> None:
@@ -108,6 +111,27 @@ class Segment:
             _write_array(file, [removed], removed.dtype, removed.shape)
         files = {key: record for key, record in self.part.files.items() if key != self.part.removed}
         return replace(self.part, files={**files, name: FileRecord.of(path)}, live=int(alive.sum()), removed=name)
+
+    def updated(self, directory: Path, items: Mapping[int, Item], number: int) -> SegmentPart:
+        """Write down that what is known of these ids, all of which are here, is another.
+
+        Raises:
+            GalleryError: If an item cannot be stored.
+            OSError: If the disk is full.
+        """
+        name = f"{ITEMS_AGAIN}{number:09d}.sqlite"
+        path = directory / self.part.name / name
+        # What is removed stays out, as its path may be another's by now.
+        out = np.union1d(self.ids[~self.alive], np.fromiter(items, np.int64))
+        try:
+            merge_items(path, [(self.items.path, out)], items)
+            sync(path)
+            sync(path.parent)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        files = {key: record for key, record in self.part.files.items() if key != self.items.path.name}
+        return replace(self.part, files={**files, name: FileRecord.of(path)})
 
     def _read(self, start: int, count: int) -> NDArray[np.float32]:
         row_bytes = 4 * self.dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
@@ -173,6 +173,10 @@ class Snapshot:
         """Ids of the items whose path is one of these, or below it as a folder, int64, ascending."""
         below = self._alive(segment.items.ids_below(folders) for segment in self.segments)
         return np.union1d(below, self.ids_of(folders))
+
+    def ids_of_sizes(self, sizes: Collection[int]) -> NDArray[np.int64]:
+        """Ids of the items whose files had so many bytes when they were added, int64, ascending."""
+        return self._alive(segment.items.ids_of_sizes(sizes) for segment in self.segments)
 
     def ids_where(self, conditions: Sequence[Condition]) -> NDArray[np.int64]:
         """Ids of the items for which all conditions hold, int64, ascending; not to be written to, as they are kept."""

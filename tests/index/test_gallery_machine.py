@@ -89,6 +89,21 @@ class GalleryAgainstDictionary(RuleBasedStateMachine):
         assert self.gallery.remove(keys) == len(gone)
         self.forget(gone)
 
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def update(self, data: st.DataObject) -> None:
+        """Items take paths of each other, of others, and of what was removed."""
+        keys = data.draw(st.lists(st.sampled_from(sorted(self.held)), unique=True, max_size=5))
+        paths = data.draw(st.permutations(PATHS))
+        items = {
+            key: item(path, caption=f"again {key}", size=key, metadata={"seed": [key, None], "n": n})
+            for n, (key, path) in enumerate(zip(keys, paths, strict=False))
+        }
+        self.gallery.update(items)
+        taken = {of.path for of in items.values()}
+        self.forget({key for key, old in self.held.items() if key not in items and old.item.path in taken})
+        self.held |= {key: Held(of, self.held[key].vector) for key, of in items.items()}
+
     @rule()
     def remove_all_but_the_last(self) -> None:
         gone = set(sorted(self.held)[:-1])
