@@ -8,13 +8,12 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI, File, Form, Request, Response, UploadFile
 from fastapi import Path as InPath
 from fastapi import Query as InQuery
@@ -25,22 +24,22 @@ from pydantic import Field
 
 from index.errors import GalleryError, ModelError
 from index.items import Item
-from training.data.images import decode
 from training.errors import InputError
 from vse_app import limits
 from vse_app.answers import REFUSALS, Added, Answer, Health, ItemRecord, Items, Removed
+from vse_app.decoding import AT_ONCE, WAITING
 from vse_app.limits import Busy
 from vse_app.queries import Options, Query, parse_conditions
 from vse_app.search_engine import Facts, Result, SearchEngine
 from vse_app.search_service import SearchService
-from vse_app.uploads import MAX_BYTES, read_metadata, read_upload, to_jpeg
+from vse_app.thumbnails import Thumbnails
+from vse_app.uploads import MAX_BYTES, read_metadata, read_upload
 
-THUMBNAIL, LARGEST = 320, 1600
-"""Sides in pixels of the pictures that are sent: what a list shows, and the most that may be asked for."""
+LARGEST = 1600
+"""Side in pixels of the largest pictures that are sent."""
 MOST_ITEMS, MOST_UPLOADS = 1000, 16
 MAX_BODY = MAX_BYTES * 4
 """Bytes of a request."""
-_THUMBNAILS_KEPT = 1024
 
 T = TypeVar("T")
 Id = Annotated[int, InPath(ge=1, lt=limits.IDS, description="id of an item")]
@@ -61,7 +60,9 @@ class Api:
         self, service: SearchService, *, audit: Path | None = None, read_only: bool = False, show_paths: bool = False
     ) -> None:
         self.service, self.audit_file, self.read_only, self.show_paths = service, audit, read_only, show_paths
-        self.small = lru_cache(_THUMBNAILS_KEPT)(self._picture)
+        self.thumbnails = Thumbnails()
+        # Threads of their own, for who waits for a turn shall not keep others from theirs.
+        self._drawing = CapacityLimiter(2 * (AT_ONCE + WAITING))
 
     def install(self, app: FastAPI) -> None:
         """Add the routes, and one-line answers for everything that is refused."""
@@ -158,9 +159,8 @@ class Api:
     ) -> Response:
         """As JPEG, drawn anew from the pixels; never the file itself."""
         item = await self._item(id)
-        read = self.small if side <= THUMBNAIL else self._picture
         try:
-            content = await to_thread.run_sync(read, item.path, item.sha256, side)
+            content = await to_thread.run_sync(self._draw, Path(item.path), side, limiter=self._drawing)
         except InputError as error:  # which would tell where the file is
             raise Refused(404, f"item {id}: its file is gone or no picture any more; remove the item") from error
         return Response(content, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
@@ -259,12 +259,9 @@ class Api:
     def _record(self, id: int, item: Item) -> dict[str, Any]:
         return {"id": id, **self._known(id, item), "size": item.size, "sha256": item.sha256}
 
-    def _picture(self, path: str, sha256: str, side: int) -> bytes:
-        """The checksum is there to tell a file from what it was when it was kept."""
+    def _draw(self, path: Path, side: int) -> bytes:
         with self.service.latency.timed("picture"):
-            image = decode(Path(path))
-            image.thumbnail((side, side))
-            return to_jpeg(image)
+            return self.thumbnails.read(path, side)
 
     def _handler(self, status: int) -> Callable[[Request, Exception], JSONResponse]:
         def answer(request: Request, error: Exception) -> JSONResponse:

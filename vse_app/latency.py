@@ -12,7 +12,7 @@ STAGES = {
     "wait": "until the engine is free",
     "embed": "texts and pictures to vectors, a batch at a time",
     "search": "vectors to results, a batch at a time",
-    "picture": "reading and shrinking a picture of the gallery",
+    "picture": "reading and shrinking a picture of the gallery, and waiting for that",
 }
 _SECONDS = tuple(0.0005 * 2**n for n in range(16))  # half a millisecond to 16 s
 

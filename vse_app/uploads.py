@@ -6,7 +6,6 @@ import hashlib
 import json
 from io import BytesIO
 from pathlib import Path
-from threading import BoundedSemaphore
 from typing import Any
 
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 from training.data.images import decode_bytes
 from training.errors import InputError
 from training.files import replacing
+from vse_app.decoding import decoding
 
 MAX_BYTES = 20_000_000
 """Largest file that is accepted."""
@@ -26,20 +26,18 @@ SIDE = 1600
 MOST_NESTED = 32
 """Levels of metadata; SQLite, which reads it for every condition, stops at 1000."""
 
-_decoding = BoundedSemaphore(2)  # bounds memory, whatever arrives at once
-
 
 def read_upload(data: bytes, name: str = "picture") -> Image.Image:
     """Decode a picture somebody sent to upright RGB, without its metadata, at most :data:`SIDE` pixels long.
 
     Raises:
         InputError: If it is larger than the limits, no picture of the accepted formats, or broken.
+        Busy: If too many others are being read.
     """
     if len(data) > MAX_BYTES:
         raise InputError(f"{name}: {len(data) / 1e6:.0f} MB; send at most {MAX_BYTES / 1e6:.0f} MB")
-    with _decoding:
-        image = decode_bytes(data, name, MAX_PIXELS, FORMATS)
-        image.thumbnail((SIDE, SIDE))
+    with decoding.turn():
+        image = decode_bytes(data, name, MAX_PIXELS, FORMATS, SIDE)
         image.info.clear()  # what is saved next would carry EXIF, comments and colour profiles along
         return image
 

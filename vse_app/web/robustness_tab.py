@@ -18,6 +18,7 @@ from vse_app import limits
 from vse_app.api import Api
 from vse_app.attack_case import THREATS, AttackRequest, AttackTarget
 from vse_app.audit_summary import verdict
+from vse_app.decoding import decoding
 from vse_app.limits import Busy
 from vse_app.live_attack import Outcome, Progress, Ranked, run
 from vse_app.queries import find_item
@@ -145,7 +146,11 @@ class RobustnessTab:
             return snapshot.manifest, find_item(engine.gallery, item).path if item is not None else None
 
         state, path = self._api.service.call(look).result()
-        image = decode(Path(path)) if path is not None else read(sent or "")
+        if path is None:
+            image = read(sent or "")
+        else:
+            with decoding.turn():
+                image = decode(Path(path))
         if self._target is None or self._target[0] != state:
             self._target = state, self._api.service.call(AttackTarget.of).result()
         return self._target[1], image

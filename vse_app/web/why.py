@@ -13,12 +13,14 @@ from training.data.images import decode
 from training.errors import InputError
 from training.models.explanation import explain, overlay
 from vse_app.api import Api
+from vse_app.decoding import Turns, decoding
 from vse_app.queries import find_item
 from vse_app.uploads import to_jpeg
 from vse_app.web.cards import Record
 
 SIDE = 384
 _MOST_WORDS = 24
+_explaining = Turns(2, 16, 20.0)
 
 # Every map is there already; a word only shows its own.
 ON_LOAD = """
@@ -41,6 +43,7 @@ async def why(api: Api, record: Record, text: str) -> str:
 
     Raises:
         InputError: If the picture was removed meanwhile or cannot be read, there are no words, or no map of the model.
+        Busy: If too many pictures are being read.
     """
     words = text or record["caption"] or ""
     if not words:
@@ -51,7 +54,10 @@ async def why(api: Api, record: Record, text: str) -> str:
 
 def _html(api: Api, record: Record, text: str) -> str:
     item = api.service.call(lambda engine: find_item(engine.gallery, record["id"])).result()
-    found = explain(api.service.model, decode(Path(item.path)), text)
+    with _explaining.turn():
+        with decoding.turn():
+            picture = decode(Path(item.path))
+        found = explain(api.service.model, picture, text)
     largest = max(1e-9, float(abs(found.word_weights).max()))
     buttons = [_button(-1, "all words", "true", 0.0, "the whole text")]
     pictures = [_picture(-1, overlay(found.view, found.heat, SIDE), f"where “{text}” is seen", shown=True)]
