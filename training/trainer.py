@@ -23,14 +23,7 @@ from training.config import Config, LossConfig, check_ranges, to_toml
 from training.data.batches import Batch, Pairs, ShuffledBatches, load_epoch
 from training.data.corpus import Corpus
 from training.data.formats import load_corpus
-from training.data.text import (
-    VOCABULARY_FILE,
-    HubTokenizer,
-    Tokenizer,
-    WordTokenizer,
-    check_vocabulary,
-    load_tokenizer,
-)
+from training.data.text import VOCABULARY_FILE, HubTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from training.errors import InputError
 from training.evaluation.protocols import evaluate
 from training.files import current_files, file_sha256, recover, replacing_files, write_text
@@ -58,9 +51,7 @@ def build_tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
     text = config.model.text
     if text.encoder.startswith("hf:"):
         return HubTokenizer.load(locate(text.encoder[3:]), text.max_tokens)
-    tokenizer = WordTokenizer.fit(corpus.captions, text.min_count, text.max_tokens)
-    logger.info("%s", check_vocabulary(tokenizer, corpus.captions))
-    return tokenizer
+    return WordTokenizer.fit(corpus.captions, text.min_count, text.max_tokens)
 
 
 def build_loss(config: LossConfig, similarity: Similarity, steps_per_epoch: int) -> Loss:
@@ -157,6 +148,7 @@ class Trainer:
             tokenizer = load_tokenizer(files, text.encoder, text.max_tokens)
         else:
             tokenizer = initial.tokenizer if initial else build_tokenizer(config, self.train_corpus)
+            logger.info(tokenizer.check(self.train_corpus.captions))
         known = saved.get("architectures")
         settings = _with_feature_dim(config, self.train_corpus).model
         model = DualEncoder(settings, tokenizer, pretrained=known is None, architectures=known).to(self.device)

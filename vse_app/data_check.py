@@ -15,7 +15,7 @@ from tqdm import tqdm
 from training.data.corpus import Corpus
 from training.data.formats import available_splits, read_corpus
 from training.data.images import ImageFile, read_picture
-from training.data.text import WordTokenizer, check_vocabulary, split_words
+from training.data.text import WordTokenizer, split_words
 from training.errors import InputError
 from training.models.config import TextTowerConfig
 
@@ -135,7 +135,7 @@ def _summary(corpus: Corpus, tokenizer: WordTokenizer) -> SplitCheck:
 
 def _caption_notes(splits: list[SplitCheck], fitted: Corpus, tokenizer: WordTokenizer) -> Iterator[tuple[str, str]]:
     try:
-        known = check_vocabulary(tokenizer, fitted.captions)
+        known = tokenizer.check(fitted.captions)
     except InputError as error:
         known = str(error)
     yield fitted.split, known

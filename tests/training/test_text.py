@@ -18,7 +18,6 @@ from training.data.text import (
     VOCABULARY_FILE,
     HubTokenizer,
     WordTokenizer,
-    check_vocabulary,
     load_tokenizer,
     split_words,
 )
@@ -113,8 +112,10 @@ def test_the_share_of_unknown_words_counts_no_punctuation() -> None:
     ids=["only punctuation is known", "hardly a word is known", "nothing is known"],
 )
 def test_a_vocabulary_that_knows_next_to_nothing_is_refused(captions: list[str]) -> None:
-    with pytest.raises(InputError, match=r"^vocabulary: .+ <unk>; lower model\.text\.min_count or take an hf: .+$"):
-        check_vocabulary(WordTokenizer.fit(captions, min_count=4), captions)
+    with pytest.raises(
+        InputError, match=r"^vocabulary: .+ <unk>; fit one with a lower model\.text\.min_count, or .+$"
+    ):
+        WordTokenizer.fit(captions, min_count=4).check(captions)
 
 
 def test_rare_words_are_unknown() -> None:
@@ -153,7 +154,9 @@ def test_the_trainer_fits_the_vocabulary_on_the_training_split_alone(
     )
     with caplog.at_level("INFO"):
         tokenizer = Trainer(Config(data="any", out=str(tmp_path), model=model)).model.tokenizer
-    assert "vocabulary: 2 words occur at least 1 times in 2 training captions; 0.0% of all words" in caplog.text
+    assert (
+        "vocabulary: 2 words seen at least 1 times; 0.0% of the words of 2 training captions are <unk>" in caplog.text
+    )
     assert isinstance(tokenizer, WordTokenizer)
     assert tokenizer.words == ["a", "dog"]
     assert decoded(tokenizer, "a zeppelin") == ["<start>", "a", "<unk>", "<end>"]
@@ -206,6 +209,7 @@ def test_a_hub_tokenizer_cuts_saves_and_loads(tmp_path: Path, shared_models: Pat
     assert [len(row) for row in rows] == [16, 4]
     assert rows[0][-1] == rows[1][-1]
     assert tokenizer([]) == []
+    assert tokenizer.check(["a 🦖", "a dog"]) == "tokenizer: 25.0% of the tokens of 2 training captions are unknown"
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path, "hf:x", max_tokens=16)
     assert all(map(torch.equal, rows, again(["dog " * 10_000, "a dog"])))

@@ -116,13 +116,13 @@ def test_the_share_of_unknown_words_is_told(tmp_path: Path) -> None:
         "dev": pytest.approx(2 / 3),
     }
     text = report.text()
-    assert "note     train: vocabulary: 3 words occur at least 4 times in 15 training captions; 16.7% of all" in text
+    assert "note     train: vocabulary: 3 words seen at least 4 times; 16.7% of the words of 15" in text
     assert "note     dev: 66.7% of all words are <unk> to that vocabulary" in text
 
 
 def test_a_vocabulary_that_training_refuses_is_told_with_the_remedy(root: Path) -> None:
     report = check_data(as_csv(root, ROWS), None)
-    assert "; lower model.text.min_count or take an hf: text encoder" in dict(report.notes)["train"]
+    assert "; fit one with a lower model.text.min_count, or take an hf: text encoder" in dict(report.notes)["train"]
 
 
 def test_what_a_reader_leaves_out_is_noted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

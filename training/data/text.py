@@ -24,7 +24,7 @@ _WORDS_V1 = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
 _UNSPACED += "\uaa60-\uaa7f\uf900-\ufaff\U00020000-\U0003ffff"
 MOST_UNKNOWN = 0.9
-"""A vocabulary that leaves more of the training captions' words out tells captions apart no longer."""
+"""Where a vocabulary lacks a larger share of the training captions' words, captions can hardly be told apart."""
 
 
 class Tokenizer(Protocol):
@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
 
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
         """Ids of each caption, int64 ``(T_b,)`` with ``2 <= T_b <= max_tokens``."""
+        ...
+
+    def check(self, captions: Sequence[str]) -> str:
+        """Say which share of the training captions is unknown; :class:`InputError` if next to nothing is known."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -136,6 +140,21 @@ class WordTokenizer:
         missing = [word not in self._ids for caption in captions for word in split(caption) if word[0].isalnum()]
         return sum(missing) / max(1, len(missing))
 
+    def check(self, captions: Sequence[str]) -> str:
+        """Say which share of the training captions' words is ``<unk>``.
+
+        Raises:
+            InputError: If so few words are known that most captions look alike to a model.
+        """
+        unknown = self.unknown(captions)
+        said = (
+            f"vocabulary: {len(self.words):,} words seen at least {self.min_count} times; "
+            f"{unknown:.1%} of the words of {len(captions):,} training captions are <unk>"
+        )
+        if unknown > MOST_UNKNOWN or not self.words:
+            raise InputError(f"{said}; fit one with a lower model.text.min_count, or take an hf: text encoder")
+        return said
+
     def save(self, directory: Path) -> None:
         """Write ``vocabulary.json``."""
         record = {
@@ -168,26 +187,6 @@ class WordTokenizer:
             raise InputError(f"{path}: not a vocabulary ({error}); restore the run's own file") from None
 
 
-def check_vocabulary(tokenizer: WordTokenizer, captions: Sequence[str]) -> str:
-    """Says how much of the training captions the vocabulary knows.
-
-    Args:
-        tokenizer: Fitted on ``captions``.
-        captions: Those of the training split.
-
-    Raises:
-        InputError: If so few words are known that most captions would look alike to a model.
-    """
-    unknown = tokenizer.unknown(captions)
-    said = (
-        f"vocabulary: {len(tokenizer.words):,} words occur at least {tokenizer.min_count} times in "
-        f"{len(captions):,} training captions; {unknown:.1%} of all words there are <unk>"
-    )
-    if unknown > MOST_UNKNOWN or not tokenizer.words:
-        raise InputError(f"{said}; lower model.text.min_count or take an hf: text encoder")
-    return said
-
-
 class HubTokenizer:
     """A Hugging Face tokenizer with its special tokens, cut to ``max_tokens`` or what its model can take."""
 
@@ -212,6 +211,14 @@ class HubTokenizer:
             return []
         rows = self._tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
         return [torch.tensor(row) for row in rows]
+
+    def check(self, captions: Sequence[str]) -> str:
+        """Say which share of the first 10,000 training captions' tokens is unknown."""
+        first = list(captions[:10_000])
+        rows = self._tokenizer(first, add_special_tokens=False, truncation=True, max_length=self.max_tokens)
+        ids = [token for row in rows["input_ids"] for token in row]
+        unknown = ids.count(self._tokenizer.unk_token_id) / max(1, len(ids))
+        return f"tokenizer: {unknown:.1%} of the tokens of {len(first):,} training captions are unknown"
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's own files."""
