@@ -28,7 +28,7 @@ class AdversarialTraining:
 
     ``supervised`` is the run's own loss on perturbed pictures, as adversarial training is for classifiers (Madry et
     al., 2018). The perturbation widens the violation that max-of-hinges looks at: the hardest caption of the batch
-    over the picture's own.
+    over the picture's own. Where all captions describe one picture there is none, and the picture stays clean.
 
     The towers are in evaluation mode throughout. Dropout would give the attack a gradient of another network, and
     statistics of perturbed batches would replace those of clean pictures.
@@ -74,9 +74,11 @@ class AdversarialTraining:
             clean, ids = batch.images.values.float() / 255, batch.image_ids
             captions = self.embed_texts(batch).float()
             anchors = None if self.anchors is None else self.anchors[ids.cpu()].to(ids.device)
-            objective = self._violation(captions.detach(), ids) if anchors is None else self._distance(anchors)
-            seed = self.seed * 1_000_003 + step
-            points = pgd(objective, clean, self.ball, self.config.steps, step_size=1 / 2, seed=seed).points
+            points = clean
+            if anchors is not None or bool((ids != ids[0]).any()):
+                objective = self._violation(captions.detach(), ids) if anchors is None else self._distance(anchors)
+                seed = self.seed * 1_000_003 + step
+                points = pgd(objective, clean, self.ball, self.config.steps, step_size=1 / 2, seed=seed).points
             images = self.model.image_tower(points)
             if anchors is None:
                 return self.loss(images, captions, ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -223,7 +224,10 @@ _LEAST = {
     "loss.warmup_epochs": 0,
     "model.dim": 1,
     "model.image.dropout": 0,
+    "model.image.feature_dim": 0,
     "model.image.hidden": 1,
+    "model.image.resize": 0,
+    "model.image.size": 0,
     "model.text.dropout": 0,
     "model.text.hidden": 1,
     "model.text.max_tokens": 3,
@@ -243,6 +247,17 @@ _LEAST = {
 }
 
 
+_MOST = {
+    "model.dim": 1 << 17,
+    "model.image.feature_dim": 1 << 20,
+    "model.image.hidden": 1 << 17,
+    "model.image.resize": 1 << 12,
+    "model.image.size": 1 << 12,
+    "model.text.hidden": 1 << 17,
+    "model.text.max_tokens": 1 << 13,
+    "model.text.word_dim": 1 << 17,
+}
+
 _FREE = ("data", "out", "workers", "checkpoint_every", "patience", "tensorboard")  # for a resumed run to change
 
 
@@ -256,6 +271,8 @@ def check_ranges(config: Config) -> None:
         value = attrgetter(name)(config)
         if not value >= least:
             raise InputError(f"{name} = {value!r} must be at least {least}")
+        if value > _MOST.get(name, math.inf):
+            raise InputError(f"{name} = {value!r} must be at most {_MOST[name]}")
         if name.endswith("dropout") and value >= 1:
             raise InputError(f"{name} = {value!r} must be below 1")
     parse_epsilon(config.adversarial.epsilon)

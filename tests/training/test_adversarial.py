@@ -11,14 +11,18 @@ import torch
 from audited import draw, train
 from tiny_runs import assert_same_run, metrics
 
-from training.config import AdversarialConfig, Config, OptimConfig, parse_epsilon, read_toml
+from training.adversarial import AdversarialTraining
+from training.config import AdversarialConfig, Config, LossConfig, OptimConfig, parse_epsilon, read_toml
+from training.data.batches import Batch
 from training.data.formats import load_corpus
+from training.data.padded import Padded, pad
+from training.data.text import WordTokenizer
 from training.errors import InputError
-from training.models.config import ImageTowerConfig
+from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from training.models.dual_encoder import DualEncoder
 from training.models.features import encode_corpus
 from training.robustness.audit import Audit, AuditConfig
-from training.trainer import Trainer
+from training.trainer import Trainer, build_loss
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,30 @@ def test_epsilons_are_fractions() -> None:
     for text in ("x", "1/0", "-1/255", "nan", "inf", "1/2/3", ""):
         with pytest.raises(InputError, match="ε = "):
             parse_epsilon(text)
+
+
+@pytest.mark.parametrize("owners", [[0, 0, 0], [0, 0, 1]])
+@pytest.mark.parametrize("name", ["curriculum", "max", "sum", "infonce", "sigmoid"])
+@pytest.mark.parametrize("method", ["fare", "supervised"])
+def test_a_batch_of_one_picture_has_nothing_to_attack_and_trains(method: Any, name: Any, owners: list[int]) -> None:
+    torch.manual_seed(0)
+    towers = ModelConfig(ImageTowerConfig(size=16), TextTowerConfig(word_dim=4, min_count=1), dim=8)
+    words = WordTokenizer.fit(["a b c"], min_count=1)
+    model = DualEncoder(towers, words)
+    pixels = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)[owners]
+    batch = Batch(Padded(pixels), pad(words(["a", "b", "c"])), torch.tensor(owners), torch.arange(3))
+    seen: list[torch.Tensor] = []
+    model.image_tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    loss = build_loss(LossConfig(name=name), model.similarity, 1)
+    anchors = torch.randn(2, 8) if method == "fare" else None
+
+    def embed_texts(batch: Batch) -> torch.Tensor:
+        return model.text_tower(*batch.texts)
+
+    attack = AdversarialTraining(AdversarialConfig(method), model, loss, embed_texts, anchors, seed=0)
+    value = attack(batch, 0).value
+    value.backward()  # type: ignore[no-untyped-call]
+    assert value.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.image_tower.parameters() if p.grad is not None)
+    attacked = not torch.equal(seen[-1], pixels.float() / 255)
+    assert attacked == (method == "fare" or owners[-1] == 1)

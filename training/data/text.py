@@ -174,6 +174,8 @@ class WordTokenizer:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["rule"] not in cls.RULES:
                 raise InputError(f"{path}: words were split by the unknown rule {record['rule']!r}; update vse")
+            if type(record["max_tokens"]) is not int or not all(isinstance(word, str) for word in record["words"]):
+                raise TypeError("words must be text, and max_tokens a whole number")
             return cls(
                 record["words"],
                 min_count=record["min_count"],
@@ -201,9 +203,13 @@ class HubTokenizer:
 
         try:
             return cls(AutoTokenizer.from_pretrained(str(name)), max_tokens)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0].strip()
+        except Exception as error:  # its files may hold anything, and parsers raise whatever they stumble on
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"{name}: no tokenizer can be loaded ({reason}); check the name or the network") from None
+
+    def __len__(self) -> int:
+        """Vocabulary size, special and added tokens included."""
+        return len(self._tokenizer)
 
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
         """Ids of each caption, int64 ``(T_b,)``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,21 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.config import from_dict
 from training.data.batches import Inputs, Pixels, Tokens
 from training.data.corpus import ImageSource
 from training.data.image_transform import ImageTransform
-from training.data.text import VOCABULARY_FILE, Tokenizer, WordTokenizer, load_tokenizer
+from training.data.text import VOCABULARY_FILE, HubTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from training.errors import InputError
 from training.files import current_files, replacing_files
 from training.models.config import ModelConfig
-from training.models.hub import checksum, locate, unavailable
+from training.models.hub import checksum, first_line, locate, unavailable
 from training.models.image_tower import PixelBackbone, build_image_backbone
+from training.models.saved_config import CONFIG_FILE, FORMAT, SavedConfig, read_config, without_memory
 from training.models.similarity import SIMILARITIES, Similarity
-from training.models.text_tower import build_text_backbone
+from training.models.text_tower import HubText, build_text_backbone
 from training.models.tower import Tower, default_device, evaluating
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
-FORMAT = 1
+WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
 
 
 class DualEncoder(nn.Module):
@@ -64,6 +63,8 @@ class DualEncoder(nn.Module):
         image = build_image_backbone(config.image, pretrained or config.image.frozen, known.get("image"))
         words = len(tokenizer) if isinstance(tokenizer, WordTokenizer) else 0
         text = build_text_backbone(config.text, config.dim, words, pretrained or config.text.frozen, known.get("text"))
+        if isinstance(text, HubText) and isinstance(tokenizer, HubTokenizer) and not _without_memory(text):
+            text.check(config.text.encoder, tokenizer)
         self.image_tower = Tower(image, config.image, config.dim, config.absolute)
         self.text_tower = Tower(text, config.text, config.dim, config.absolute)
         self.similarity: Similarity = SIMILARITIES[config.similarity]
@@ -168,7 +169,8 @@ class DualEncoder(nn.Module):
             "frozen": self.frozen,
             "vocabulary": _source(self.tokenizer),
         }
-        weights = {name: tensor.detach().contiguous() for name, tensor in self.trained_state().items()}
+        # cloned, since a file cannot hold two names for the same memory
+        weights = {name: tensor.detach().clone().contiguous() for name, tensor in self.trained_state().items()}
         with replacing_files(Path(directory)) as complete:
             self.tokenizer.save(complete)
             if card is not None:
@@ -179,11 +181,20 @@ class DualEncoder(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """The state dict without frozen backbones."""
-        frozen = tuple(f"{side}_tower.backbone." for side, tower in self.towers.items() if tower.config.frozen)
+        frozen = tuple(f"{side}_tower.backbone." for side in self.towers if getattr(self.config, side).frozen)
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(frozen)}
 
     def load_trained_state(self, state: dict[str, Tensor], origin: str) -> None:
         """Inverse of :meth:`trained_state`. Raises :class:`InputError` if ``state`` is another model's."""
+        self.check_state(state, origin)
+        self.load_state_dict(state, strict=False)
+
+    def check_state(self, state: dict[str, Tensor], origin: str) -> None:
+        """Compare names and shapes to those of :meth:`trained_state`.
+
+        Raises:
+            InputError: If they differ; names ``origin``, where the state comes from.
+        """
         expected = self.trained_state()
         if strange := expected.keys() ^ state.keys():
             name = min(strange)
@@ -194,7 +205,6 @@ class DualEncoder(nn.Module):
                     f"{origin}: {name} is {tuple(tensor.shape)}, the configuration says "
                     f"{tuple(expected[name].shape)}; restore the run's own files"
                 )
-        self.load_state_dict(state, strict=False)
 
     def take_weights(self, other: DualEncoder, origin: str) -> None:
         """Copy all weights of a model with the same towers, frozen or not.
@@ -231,36 +241,42 @@ class DualEncoder(nn.Module):
                 model was trained with, or weights and configuration disagree.
         """
         directory = _download(str(name))
-        path = directory / CONFIG_FILE
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format"] != FORMAT:
-                raise InputError(f"{path}: format {record['format']}, this version reads {FORMAT}; update vse")
-            settings = {key: record[key] for key in ("image", "text", "dim", "similarity", "absolute")}
-            architectures, frozen = record["architectures"], record["frozen"]
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; give the directory that vse train wrote") from None
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not a model configuration ({error}); restore the run's own file") from None
-        config = from_dict({"model": settings}, str(path)).model
-        tokenizer = load_tokenizer(directory, config.text.encoder, config.text.max_tokens)
-        if record.get("vocabulary") not in (None, _source(tokenizer)):
+        path, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+        saved = read_config(path)
+        tokenizer = load_tokenizer(directory, saved.model.text.encoder, saved.model.text.max_tokens)
+        if saved.vocabulary not in (None, _source(tokenizer)):
             raise InputError(f"{directory / VOCABULARY_FILE}: another model's vocabulary; restore the run's own file")
-        model = cls(config, tokenizer, pretrained=False, architectures=architectures)
-        model.check_frozen(frozen, str(path))
-        weights = directory / WEIGHTS_FILE
         try:
             state = load_file(weights)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{weights}: cannot be read ({error}); restore the file") from None
+        cls._bear_out(saved, tokenizer, state, directory)
+        model = cls(saved.model, tokenizer, pretrained=False, architectures=saved.architectures)
+        model.check_frozen(saved.frozen, str(path))
         model.load_trained_state(state, str(weights))
         return model.to(device or default_device()).eval()
+
+    @classmethod
+    def _bear_out(cls, saved: SavedConfig, tokenizer: Tokenizer, state: dict[str, Tensor], directory: Path) -> None:
+        """Compare what a configuration would build to the weights that are there, before memory is taken for it."""
+        config = saved.model
+        thawed = replace(config, image=replace(config.image, frozen=False), text=replace(config.text, frozen=False))
+        try:
+            with without_memory():
+                skeleton = cls(thawed, tokenizer, pretrained=False, architectures=saved.architectures)
+        except Exception as error:  # libraries' networks raise whatever their code stumbles on
+            reason = first_line(error)
+            raise InputError(f"{directory / CONFIG_FILE}: no such model can be built ({reason}); restore it") from None
+        skeleton.config = config
+        skeleton.check_state(state, str(directory / WEIGHTS_FILE))
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights: equal models embed equally."""
         return checksum(self)
+
+
+def _without_memory(module: nn.Module) -> bool:
+    return next(module.parameters()).is_meta
 
 
 def _source(tokenizer: Tokenizer) -> str | None:

@@ -29,12 +29,16 @@ def locate(name: str) -> str:
     return name
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of a library says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def unavailable(name: str, error: Exception) -> InputError:
     """A one-line account of a model that could not be loaded."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(
-        f"{name}: cannot be loaded ({reason}); check the name, the network, or set VSE_MODELS to a directory "
-        "that holds it"
+        f"{name}: cannot be loaded ({first_line(error)}); check the name, the network, or set VSE_MODELS to a "
+        "directory that holds it"
     )
 
 

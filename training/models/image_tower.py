@@ -31,6 +31,11 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
 
+    def __post_init__(self) -> None:
+        """Refuses sizes that no picture is cut to, whoever has written them."""
+        if not 0 < self.size <= self.resize <= 1 << 12:
+            raise InputError(f"image size {self.size}, resize {self.resize}: must be positive, and at most {1 << 12}")
+
 
 class PixelBackbone(Backbone):
     """A backbone that takes pixels and normalises them itself.
@@ -136,20 +141,22 @@ def _torchvision(name: str, pretrained: bool, config: ImageTowerConfig) -> Pixel
     return PixelBackbone(network, dim, _resized(Preprocessing(224, 256, interpolation="bilinear"), config))
 
 
-def _hub(name: str, architecture: dict[str, Any] | None, wanted: ImageTowerConfig) -> PixelBackbone:
-    """Any vision network that transformers' AutoModel loads, timm's included."""
+def _hub(name: str, architecture: dict[str, Any] | None, wanted: ImageTowerConfig, pretrained: bool) -> PixelBackbone:
+    """Any vision network that transformers' AutoModel loads, timm's included; pictures are cut as it was trained."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     quiet_transformers()
     where = locate(name)
     try:
-        if architecture is None:
+        if pretrained or architecture is None:
             config = AutoConfig.from_pretrained(where)
             model = AutoModel.from_pretrained(where, dtype=torch.float32, use_safetensors=True)
-            preprocessing = _hub_preprocessing(config, where, AutoImageProcessor)
         else:
             config = AutoConfig.for_model(**architecture["config"])
             model = AutoModel.from_config(config, dtype=torch.float32)
+        if architecture is None:
+            preprocessing = _hub_preprocessing(config, where, AutoImageProcessor)
+        else:
             preprocessing = Preprocessing(**architecture["preprocessing"])
         network = getattr(model, "vision_model", model)  # CLIP-like pairs hold both towers
         backbone = PixelBackbone(network, 0, _resized(preprocessing, wanted), wanted.layers)
@@ -226,7 +233,7 @@ def build_image_backbone(
     if kind == "torchvision" and name:
         return _torchvision(name, pretrained, config)
     if kind == "hf" and name:
-        return _hub(name, None if pretrained else architecture, config)
+        return _hub(name, architecture, config, pretrained)
     raise InputError(
         f"image.encoder {config.encoder!r} is unknown; use small-cnn, torchvision:NAME, hf:REPO_OR_DIR or precomputed"
     )

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from training.data.padded import Padded
+from training.data.text import HubTokenizer
 from training.errors import InputError
 from training.models.config import TextTowerConfig
-from training.models.hub import locate, portable, quiet_transformers, unavailable
-from training.models.tower import Backbone, hidden_features
+from training.models.hub import first_line, locate, portable, quiet_transformers, unavailable
+from training.models.tower import Backbone, evaluating, hidden_features
 
 
 class WordGRU(Backbone):
@@ -44,7 +45,11 @@ class WordGRU(Backbone):
 
 
 class HubText(Backbone):
-    """A transformers text encoder; token features are its last hidden states, and those of ``layers``."""
+    """A transformers text encoder; token features are its last hidden states, and those of ``layers``.
+
+    Attributes:
+        positions: Tokens that it has positions for; None where it has no such limit.
+    """
 
     def __init__(self, network: nn.Module, config: Any, layers: tuple[int, ...]) -> None:
         super().__init__()
@@ -53,6 +58,7 @@ class HubText(Backbone):
         own = getattr(config, "text_config", config)
         if any(not -own.num_hidden_layers - 1 <= layer <= own.num_hidden_layers for layer in layers):
             raise InputError(f"text.layers {layers}: the encoder has hidden states 0 to {own.num_hidden_layers}")
+        self.positions: int | None = getattr(own, "max_position_embeddings", None)
         self.dim = int(own.hidden_size) * (1 + len(layers))
         self.architecture = {"config": portable(config)}
 
@@ -61,6 +67,27 @@ class HubText(Backbone):
         attention = torch.ones_like(values) if mask is None else mask.long()
         output = self.network(input_ids=values, attention_mask=attention, output_hidden_states=bool(self.layers))
         return Padded(hidden_features(output, self.layers), attention.bool())
+
+    def check(self, name: str, tokenizer: HubTokenizer) -> None:
+        """Encode the longest caption there can be, made of the largest id.
+
+        Args:
+            name: What errors call the encoder.
+            tokenizer: Its ``max_tokens`` is lowered to what there are positions for.
+
+        Raises:
+            InputError: If that fails: the encoder is no encoder of text alone, or not this tokenizer's.
+        """
+        tokenizer.max_tokens = min(tokenizer.max_tokens, self.positions or tokenizer.max_tokens)
+        count, largest = tokenizer.max_tokens, len(tokenizer) - 1
+        try:
+            with torch.no_grad(), evaluating(self):
+                self(torch.full((1, count), largest))
+        except Exception as error:  # libraries' networks raise whatever their code stumbles on
+            raise InputError(
+                f"{name}: cannot encode {count} tokens with ids up to {largest} ({first_line(error)}); lower "
+                "text.max_tokens, restore the encoder's own tokenizer, or take an encoder of text alone"
+            ) from None
 
 
 def build_text_backbone(
