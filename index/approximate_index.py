@@ -12,12 +12,13 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from index.errors import GalleryError
+from index.errors import GalleryError, remedy
 from index.segment import map_array, save_array
 from index.vector_index import SearchHits, as_queries, as_rows, gathered, is_among, no_hits, selector
 
 INDEX, IDS, PARAMETERS = "index.faiss", "ids.npy", "parameters.json"
 _PARAMETERS = {"nprobe", "efSearch", "k_factor"}
+_MEND = "run vse index tune to make it again"
 _SCOPES = 8
 """So many lists of allowed ids are remembered: whoever filters asks for the same again and again."""
 
@@ -209,15 +210,16 @@ class ApproximateIndex:
         try:
             stored = faiss.read_index(str(path))
         except (RuntimeError, MemoryError) as error:
-            raise GalleryError(f"{path}: damaged index; run vse index tune to make it again") from error
+            path.open("rb").close()  # in case it only could not be opened
+            raise GalleryError(f"{path}: damaged index; {_MEND}") from error
         finally:
             faiss.set_deserialization_vector_byte_limit(limit)
         index = cls(stored, _read_parameters(folder / PARAMETERS))
         if stored.d != dim or stored.metric_type != faiss.METRIC_INNER_PRODUCT or not index._is_complete():
-            raise GalleryError(f"{path}: holds another kind of index; run vse index tune to make it again")
+            raise GalleryError(f"{path}: holds another kind of index; {_MEND}")
         ids: NDArray[np.int64] = map_array(folder / IDS, np.int64, (stored.ntotal,))
         if (ids[1:] <= ids[:-1]).any():
-            raise GalleryError(f"{folder / IDS}: ids are not ascending; run vse index tune to make it again")
+            raise GalleryError(f"{folder / IDS}: ids are not ascending; {_MEND}")
         index.ids, index._alive = np.array(ids), np.ones(len(ids), bool)
         return index
 
@@ -295,6 +297,8 @@ def _read_parameters(path: Path) -> dict[str, int]:
             raise ValueError(f"search parameters {stored!r}")
         if not all(type(value) is int and 0 < value <= 1 << 20 for value in stored.values()):
             raise ValueError(f"search parameters {stored!r}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise GalleryError(f"{path}: {error}; run vse index tune to make it again") from error
+    except OSError as error:
+        raise GalleryError(f"{path}: {error.strerror}; {remedy(error, _MEND)}") from error
+    except (ValueError, RecursionError) as error:
+        raise GalleryError(f"{path}: {error}; {_MEND}") from error
     return stored

@@ -137,8 +137,13 @@ def delete_former(directory: Path, former: Manifest, current: Manifest) -> None:
 
 
 def delete_leftovers(directory: Path, current: Manifest) -> list[Path]:
-    """Delete what a killed writer left behind: files in the gallery's folders that no state names."""
-    gone = leftovers(directory, current)
+    """Delete what a killed writer left behind: files in the gallery's folders that no state names.
+
+    What cannot be listed or deleted is left to the next writer.
+    """
+    gone: list[Path] = []
+    with suppress(OSError):
+        gone = leftovers(directory, current)
     for path in gone:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from index.errors import GalleryError
+from index.errors import GalleryError, remedy
 from index.files import new_directory, sync
 from index.gallery import Gallery
 from index.items import Item
@@ -78,7 +78,8 @@ def export_gallery(
         unfinished.rename(out)
         sync(out.parent)
     except OSError as error:
-        raise GalleryError(f"{out}: nothing is written, {error}; make room or choose another directory") from error
+        mend = remedy(error, "choose another directory")
+        raise GalleryError(f"{out}: nothing is written, {error}; {mend}") from error
     return len(gallery)
 
 

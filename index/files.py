@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from index.errors import GalleryError
+from index.errors import GalleryError, remedy
 
 _CHUNK = 1 << 20
+_MEND = "restore it or build the gallery again"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def check_file(path: Path, length: int) -> None:
     try:
         status = path.lstat()
     except OSError as error:
-        raise GalleryError(f"{path}: {error.strerror}; restore it or build the gallery again") from error
+        raise GalleryError(f"{path}: {error.strerror}; {remedy(error, _MEND)}") from error
     if not stat.S_ISREG(status.st_mode):
         raise GalleryError(f"{path}: is a link or no file; a gallery holds plain files only, put the file itself here")
     if status.st_size != length:
@@ -126,7 +127,7 @@ def check_directory(path: Path) -> None:
     try:
         mode = path.lstat().st_mode
     except OSError as error:
-        raise GalleryError(f"{path}: {error.strerror}; restore it or build the gallery again") from error
+        raise GalleryError(f"{path}: {error.strerror}; {remedy(error, _MEND)}") from error
     if not stat.S_ISDIR(mode):
         raise GalleryError(f"{path}: is no directory of the gallery's own; put the directory itself here")
 
@@ -142,7 +143,7 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        mend = "make it a plain file in a directory that can be written"
+        mend = remedy(error, "make it a plain file in a directory that can be written")
         raise GalleryError(f"{path}: {error.strerror}; {mend}") from error
     try:
         try:

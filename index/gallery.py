@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from index import changes
 from index.approximate_index import ApproximateIndex
-from index.errors import GalleryError, ModelError
+from index.errors import GalleryError, ModelError, remedy
 from index.files import locked, make_directory
 from index.filters import Condition
 from index.items import JSON, Item, check_item
@@ -106,7 +106,8 @@ class Gallery:
                     raise GalleryError(f"{directory}: has {', '.join(taken)} of its own; choose another directory")
                 empty.write(directory)
         except OSError as error:
-            raise GalleryError(f"{directory}: {error.strerror}; choose a directory that can be written") from error
+            mend = remedy(error, "choose a directory that can be written")
+            raise GalleryError(f"{directory}: {error.strerror}; {mend}") from error
         return cls(directory, writable=True)
 
     @staticmethod
@@ -372,7 +373,8 @@ class Gallery:
             changes.delete_leftovers(self.directory, self.snapshot.manifest)
             if not isinstance(error, GalleryError) and isinstance(error, OSError | sqlite3.Error | ValueError):
                 state = "unchanged" if self.snapshot.manifest == before else "changed, but maybe not for good"
-                raise GalleryError(f"{self.directory}: {state}, {error}; make room and try again") from error
+                mend = remedy(error, "open it again")
+                raise GalleryError(f"{self.directory}: {state}, {error}; {mend}") from error
             raise
 
     def _commit(self, state: Manifest) -> None:

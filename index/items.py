@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from index.errors import GalleryError
+from index.errors import GalleryError, remedy
 from index.filters import Condition, all_hold, json_field
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
@@ -25,6 +25,8 @@ _SCHEMA = (
 )
 _MEND = "restore it or build the gallery again"
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # as JSON writes it
+_SYSTEM = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH}
+"""Kinds of SQLite's errors that come from the operating system, not from what the file holds."""
 _ITEM = "id, path, caption, size, mtime_ns, sha256, metadata"
 # One bound JSON array stands for any number of values, past SQLite's limit on parameters.
 _GIVEN = "(SELECT value FROM json_each(?))"
@@ -110,6 +112,7 @@ def merge_items(
     """
     with _new_table(path) as table:
         for source, removed in sources:
+            source.open("rb").close()  # or else SQLite would not say why it cannot
             table.execute("ATTACH ? AS source", (f"{source.absolute().as_uri()}?mode=ro&immutable=1",))
             kept = f"SELECT {_ITEM} FROM source.items WHERE id NOT IN {_GIVEN} ORDER BY id"
             table.execute(f"INSERT INTO main.items ({_ITEM}) {kept}", (json.dumps(removed.tolist()),))
@@ -246,12 +249,24 @@ class ItemFile:
             yield
         except (sqlite3.DatabaseError, MemoryError) as error:
             reason = f"{error!s:.200}".replace("\n", " ")
-            raise GalleryError(f"{self.path}: {reason}; {_MEND}") from error
+            raise GalleryError(f"{self.path}: {reason}; {self._mend(error)}") from error
+
+    def _mend(self, error: Exception) -> str:
+        """What to do: not every error says that the file is damaged."""
+        code = getattr(error, "sqlite_errorcode", 0)
+        if code == sqlite3.SQLITE_IOERR_SHORT_READ or code & 0xFF not in _SYSTEM:
+            return _MEND
+        try:
+            self.path.open("rb").close()
+        except OSError as cause:
+            return f"{cause.strerror}; {remedy(cause, _MEND)}"
+        return remedy(error, _MEND)
 
 
 @contextmanager
 def _new_table(path: Path) -> Iterator[sqlite3.Connection]:
     """A file that counts for nothing until it is complete, so SQLite need not guard it against crashes."""
+    path.touch()  # or else SQLite would not say why it cannot
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rwc", uri=True, isolation_level=None)) as table:
         table.execute("PRAGMA journal_mode = OFF")
         table.execute("PRAGMA synchronous = OFF")

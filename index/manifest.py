@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from index.errors import GalleryError
+from index.errors import GalleryError, remedy
 from index.files import FileRecord, replacing
 from index.vector_index import METRICS
 
@@ -156,7 +156,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise GalleryError(f"{path}: not found, so this is no gallery; create one or check the path") from error
         except OSError as error:
-            raise GalleryError(f"{path}: {error.strerror}; make it readable") from error
+            raise GalleryError(f"{path}: {error.strerror}; {remedy(error, 'make it a plain file')}") from error
         try:
             stored = json.loads(encoded)
             version = stored["format"]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.approximate_index import IDS, INDEX, PARAMETERS, ApproximateIndex
-from index.errors import GalleryError
+from index.errors import GalleryError, remedy
 from index.files import FileRecord
 from index.items import JSON
 from index.manifest import Manifest, Part
@@ -18,6 +18,7 @@ from index.snapshot import Snapshot
 from index.vector_index import METRICS, SearchHits, VectorIndex, as_queries, search_blocks
 
 CURVE = "curve.json"
+_MEND = "run vse index tune to make it again"
 EXACT_AMONG = 10_000
 """Among so few ids, or a fiftieth of the gallery, every vector is compared: a tuned index would miss some."""
 
@@ -32,14 +33,14 @@ def load_index(snapshot: Snapshot, part: Part) -> ApproximateIndex:
     try:
         # FAISS trusts what it reads, so damage would end the process.
         if FileRecord.of(folder / INDEX) != part.files[INDEX]:
-            raise GalleryError(f"{folder / INDEX}: is not what was written; run vse index tune to make it again")
+            raise GalleryError(f"{folder / INDEX}: is not what was written; {_MEND}")
         index = ApproximateIndex.load(folder, snapshot.manifest.dim)
     except OSError as error:  # a writer may have just deleted it
-        raise GalleryError(f"{folder / INDEX}: {error.strerror}; run vse index tune to make it again") from error
+        raise GalleryError(f"{folder / INDEX}: {error.strerror}; {remedy(error, _MEND)}") from error
     expected = snapshot.ids()
     expected = expected[expected <= index.last_id]
     if index.last_id >= snapshot.manifest.next_id or len(np.setdiff1d(expected, index.ids, assume_unique=True)):
-        raise GalleryError(f"{folder / IDS}: is of other items; run vse index tune to make it again")
+        raise GalleryError(f"{folder / IDS}: is of other items; {_MEND}")
     return index
 
 
@@ -54,8 +55,10 @@ def read_curve(directory: Path, part: Part) -> dict[str, JSON]:
         curve = json.loads(path.read_bytes())
         if not isinstance(curve, dict):
             raise ValueError("is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise GalleryError(f"{path}: {error}; run vse index tune to make it again") from error
+    except OSError as error:
+        raise GalleryError(f"{path}: {error.strerror}; {remedy(error, _MEND)}") from error
+    except (ValueError, RecursionError) as error:
+        raise GalleryError(f"{path}: {error}; {_MEND}") from error
     return curve
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from index.errors import GalleryError
+from index.errors import GalleryError, remedy
 from index.files import FileRecord, check_directory, check_file, new_directory, replacing, sync
 from index.items import Item, ItemFile, merge_items, write_items
 from index.manifest import Part, SegmentPart
@@ -21,6 +21,7 @@ from index.manifest import Part, SegmentPart
 VECTORS, IDS, ITEMS = "vectors.npy", "ids.npy", "items.sqlite"
 ITEMS_AGAIN = "items-"
 """What the file of the items begins with, before a number, once some of them are changed."""
+_MEND = "restore it or build the gallery again"
 _NEAR = 8
 """Reading so many rows in between takes less time than another call."""
 BLOCK_BYTES = 1 << 24
@@ -54,7 +55,7 @@ class Segment:
             packed = map_array(folder / part.removed, np.uint8, (-(-part.rows // 8),))
             self.alive &= ~np.unpackbits(packed, count=part.rows).astype(bool)
         if self.alive.sum() != part.live or self.ids[0] < 1 or (self.ids[1:] <= self.ids[:-1]).any():
-            raise GalleryError(f"{folder / IDS}: is not what the manifest says; restore it or build the gallery again")
+            raise GalleryError(f"{folder / IDS}: is not what the manifest says; {_MEND}")
         with ExitStack() as resources:
             # Held open, so that the rows can be read even after a writer has merged and deleted the segment.
             self._file = resources.enter_context(_open(folder / VECTORS))
@@ -135,14 +136,15 @@ class Segment:
 
     def _read(self, start: int, count: int) -> NDArray[np.float32]:
         row_bytes = 4 * self.dim
-        read = os.pread(self._file.fileno(), count * row_bytes, self._offset + start * row_bytes)
+        try:
+            read = os.pread(self._file.fileno(), count * row_bytes, self._offset + start * row_bytes)
+        except OSError as error:
+            raise GalleryError(f"{self._file.name}: {error.strerror}; {remedy(error, _MEND)}") from error
         if len(read) != count * row_bytes:
-            raise GalleryError(f"{self._file.name}: ends early; restore it or build the gallery again")
+            raise GalleryError(f"{self._file.name}: ends early; {_MEND}")
         rows = np.frombuffer(read, np.float32).reshape(count, -1)
         if not np.isfinite(rows).all():
-            raise GalleryError(
-                f"{self._file.name}: holds vectors that are not finite; restore it or build the gallery again"
-            )
+            raise GalleryError(f"{self._file.name}: holds vectors that are not finite; {_MEND}")
         return rows
 
 
@@ -195,7 +197,7 @@ def check_part(directory: Path, part: Part, needed: Sequence[str]) -> Path:
     folder = directory / part.name
     missing = set(needed) - part.files.keys()
     if missing:
-        raise GalleryError(f"{folder / min(missing)}: is not in the manifest; restore it or build the gallery again")
+        raise GalleryError(f"{folder / min(missing)}: is not in the manifest; {_MEND}")
     check_directory(folder.parent)
     check_directory(folder)
     for name, record in part.files.items():
@@ -214,17 +216,18 @@ def map_array(path: Path, dtype: type[np.generic], shape: tuple[int, ...] | None
     Raises:
         GalleryError: If it is anything else.
     """
-    mend = "restore it or build the gallery again"
     try:
         # Unlike np.load this neither unpickles nor unzips, whatever the file says.
         mapped = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
+        raise GalleryError(f"{path}: {error.strerror or error}; {remedy(error, _MEND)}") from error
     except Exception as error:  # numpy evaluates the header as Python: any error may come of it
         reason = f"{error!s:.200}".replace("\n", " ")
-        raise GalleryError(f"{path}: {reason}; {mend}") from error
+        raise GalleryError(f"{path}: {reason}; {_MEND}") from error
     if mapped.dtype != dtype or mapped.shape != (mapped.shape[:1] if shape is None else shape):
-        raise GalleryError(f"{path}: does not hold {dtype.__name__} {shape}; {mend}")
+        raise GalleryError(f"{path}: does not hold {dtype.__name__} {shape}; {_MEND}")
     if not mapped.flags.c_contiguous:
-        raise GalleryError(f"{path}: holds columns instead of rows; {mend}")
+        raise GalleryError(f"{path}: holds columns instead of rows; {_MEND}")
     return mapped.view(np.ndarray)  # numpy's own class for maps is slow to index
 
 
@@ -237,7 +240,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:  # a writer may have just deleted it
-        raise GalleryError(f"{path}: {error.strerror}; restore it or build the gallery again") from error
+        raise GalleryError(f"{path}: {error.strerror}; {remedy(error, _MEND)}") from error
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:

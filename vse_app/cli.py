@@ -6,8 +6,10 @@ import argparse
 import json
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vse_app import audit_verb, bias_verb, harden_verb, index_verb, search_verb, serve_verb
@@ -18,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("faiss", "httpx", "huggingface_hub", "mcp", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    with suppress(ValueError, OSError):  # every segment of a gallery holds open files
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     args, rest = _parser().parse_known_args(arguments)
     run: Callable[..., None] = args.run
     if rest and run is not _train:

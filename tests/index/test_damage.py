@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,3 +218,86 @@ def test_cooked_checksums_do_not_hide_nonsense(whole: Path) -> None:
     cook(whole)
     assert [problem for problem in verify(whole).problems if "not finite" in problem]
     assert json.loads((whole / "gallery.json").read_bytes())["format"] == 2
+
+
+SYSTEM = [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE]
+CALLS = {
+    "lstat": (Path, "lstat"),
+    "open": (Path, "open"),
+    "read": (os, "pread"),
+    "map": (np.lib.format, "open_memmap"),
+    "read bytes": (Path, "read_bytes"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("number", SYSTEM, ids=errno.errorcode.get)
+def test_what_the_system_refuses_is_no_damage(
+    call: str, number: int, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever call it is that fails, nobody is told to throw the gallery away."""
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    def used() -> str | None:
+        return outcome(lambda: use(whole))
+
+    real = getattr(*CALLS[call])
+    for moment in range(40):
+        calls = 0
+
+        def failing(*arguments: Any, moment: int = moment, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return (refuse if calls > moment else real)(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*CALLS[call], failing)
+            message = used()
+        if calls <= moment:
+            break
+        assert message
+        assert os.strerror(number) in message
+        assert not any(words in message for words in ("restore", "build", "again to make", "make it again"))
+        assert number != errno.EMFILE or "ulimit -n" in message
+    assert moment
+    assert used() is None
+
+
+def test_too_many_open_files_are_said_to_be_that(whole: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd"))
+    said: list[str | None] = []
+    try:
+        while None not in said:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + len(said), hard))
+            said.append(outcome(lambda: use(whole, writable=True)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(said) > 5
+    for message in said[:-1]:
+        assert message
+        assert "Too many open files" in message
+        assert "ulimit -n" in message
+        assert "build" not in message
+    use(whole, writable=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(sqlite3.SQLITE_CORRUPT, "restore it or build"), (sqlite3.SQLITE_IOERR_READ, "try again")],
+)
+def test_not_every_error_of_sqlite_is_damage(code: int, words: str, whole: Path) -> None:
+    class Failing:
+        def execute(self, *arguments: Any) -> Any:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = code
+            raise error
+
+    with Gallery.open(whole) as gallery:
+        table = gallery.snapshot.segments[0].items
+        real, table._db = table._db, Failing()  # type: ignore[assignment]
+        with refused(f"items.sqlite: disk I/O error; {words}"):
+            list(gallery.items())
+        table._db = real

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -345,3 +346,14 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert process.wait() == 0
     assert process.stderr is not None
     assert len(process.stderr.read().splitlines()) == 1
+
+
+def test_as_many_files_may_be_open_as_the_system_allows() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limits[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
