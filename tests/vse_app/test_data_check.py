@@ -150,4 +150,5 @@ def test_names_that_are_no_utf8_are_checked(tmp_path: Path) -> None:
     picture(tmp_path / "p.png", 0)
     (tmp_path / "p.txt").write_text("another one")
     (problem,) = check_data(f"folder:{tmp_path}", None).problems
-    assert problem.startswith(f"{os.fsdecode(broken)}.png: not a readable picture")
+    assert problem.startswith(f"{tmp_path}/caf")
+    assert ".png: not a readable picture" in problem
