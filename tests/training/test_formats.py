@@ -343,6 +343,8 @@ def test_scenes_are_counted() -> None:
 
 
 def test_data_that_cannot_be_named_are_refused(tmp_path: Path) -> None:
+    for name in ("a\0b", "caf\udce9"):
+        assert "rename the folder" in refusal(f"folder:{tmp_path}/{name}", "train")
     kinds = "karpathy, coco, precomputed, folder, dedup, scenes"
     assert f"unknown kind 'lmdb'; choose from {kinds}" in refusal("lmdb:x", "train")
     assert "missing: no such file or folder" in refusal(tmp_path / "missing", "train")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from training.data.corpus import Corpus, concatenate
+from training.data.corpus import Corpus, concatenate, text_fault
 from training.data.formats import coco_annotations, dedup, folder, karpathy, precomputed
 from training.errors import InputError
 
@@ -88,6 +88,8 @@ def _read(kind: str, path: str, split: str) -> Corpus:
 
 def _resolve(spec: str) -> tuple[str, str]:
     """Kind and path, or kind ``scenes`` and a count."""
+    if fault := text_fault(spec):  # runs and reports name their data
+        raise InputError(f"{spec}: this name holds {fault}; rename the folder")
     kind, colon, rest = spec.partition(":")
     if kind == "scenes":
         if colon and not (rest.isascii() and rest.isdigit() and int(rest) > 0):
