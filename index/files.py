@@ -77,6 +77,7 @@ def make_directory(path: Path) -> None:
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Make a directory of files; all of it is on disk on leaving, and none of it if that fails."""
+    path.parent.mkdir(exist_ok=True)  # no more than that: a whole path that is missing is a wrong one
     make_directory(path.parent)
     shutil.rmtree(path, ignore_errors=True)  # left behind by a crash: nothing that counts has this name yet
     try:
@@ -133,8 +134,12 @@ def check_directory(path: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[Callable[[], None]]:
     """Be the only writer; the end of the process, however it comes, lets others write.
+
+    Yields:
+        A check that it still is so: raises :class:`GalleryError` once the file that is locked has been deleted or
+        replaced, as another writer may then have locked a new one.
 
     Raises:
         GalleryError: If another process is, or the lock cannot be had at all.
@@ -152,6 +157,14 @@ def locked(directory: Path) -> Iterator[None]:
             raise GalleryError(f"{directory}: another writer has this gallery open; wait for it to close") from error
         except OSError as error:
             raise GalleryError(f"{path}: {error.strerror}; put the gallery on a disk with locks") from error
-        yield
+
+        def check() -> None:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.lstat(), os.fstat(descriptor)):
+                    return
+            raise GalleryError(f"{path}: was deleted, so others may be writing; open the gallery again")
+
+        check()
+        yield check
     finally:
         os.close(descriptor)

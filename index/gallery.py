@@ -26,7 +26,7 @@ from index.manifest import KINDS, NAME, Manifest, Part
 from index.searcher import CURVE, Searcher, index_lag, read_curve
 from index.segment import check_part
 from index.snapshot import Snapshot
-from index.vector_index import SearchHits, as_rows
+from index.vector_index import SearchHits, as_ids, as_rows, check_unit, checked_k
 
 REFILL_AT = 10_000, 0.1
 """A tuned index is written again once so many items, and this share, are not in its file but added at opening."""
@@ -69,10 +69,11 @@ class Gallery:
         self.directory = Path(directory)
         self._writable = writable
         self._searcher: Searcher | None = None
-        self._stamp: tuple[int, ...] | None = None
+        self._stamp: tuple[int, int, int, bytes] | None = None
+        self._closed = False
         with ExitStack() as resources:
             if writable and self.exists(self.directory):
-                resources.enter_context(locked(self.directory))
+                self._check_lock = resources.enter_context(locked(self.directory))
             self.snapshot = Snapshot.open(self.directory)
             resources.callback(lambda: self.snapshot.close())
             if writable:
@@ -90,12 +91,12 @@ class Gallery:
             model: What the vectors come from, e.g. its ``name`` and ``checksum``.
 
         Raises:
-            GalleryError: If there is a gallery already, or ``dim`` or ``metric`` makes no sense.
+            GalleryError: If there is a gallery already, or ``dim``, ``metric`` or ``model`` makes no sense.
         """
         directory = Path(directory)
         try:
             empty = Manifest(dim, metric, dict(model), secrets.token_hex(8))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise GalleryError(f"{directory}: {error}") from error
         try:
             make_directory(directory)
@@ -104,7 +105,7 @@ class Gallery:
                     raise GalleryError(f"{directory}: is a gallery already; open it or choose another directory")
                 if taken := [kind for kind in KINDS if (directory / kind).exists()]:
                     raise GalleryError(f"{directory}: has {', '.join(taken)} of its own; choose another directory")
-                empty.write(directory)
+                empty.write(directory, None)
         except OSError as error:
             mend = remedy(error, "choose a directory that can be written")
             raise GalleryError(f"{directory}: {error.strerror}; {mend}") from error
@@ -126,6 +127,7 @@ class Gallery:
 
     def close(self) -> None:
         """Release the files and, for a writer, let others write."""
+        self._closed = True
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -179,9 +181,11 @@ class Gallery:
             GalleryError: If a vector or item cannot be stored, naming its path, or the disk is full.
         """
         paths = [item.path for item in items]
-        if len(vectors) != len(paths):
-            raise GalleryError(f"{self.directory}: {len(vectors)} vectors for {len(paths)} items; give one each")
         rows = as_rows(vectors, self.dim, paths.__getitem__)
+        if len(rows) != len(paths):
+            raise GalleryError(f"{self.directory}: {len(rows)} vectors for {len(paths)} items; give one each")
+        if self.metric == "cosine":
+            check_unit(rows, paths.__getitem__)
         with self._change():
             if not paths:
                 return np.empty(0, np.int64)
@@ -218,9 +222,12 @@ class Gallery:
         """Remove items by path or id; returns how many were there.
 
         Raises:
-            GalleryError: If the gallery is open for reading, or the disk is full.
+            GalleryError: If a key is neither, the gallery is open for reading, or the disk is full.
         """
-        keys = list(keys)
+        keys = [keys] if isinstance(keys, str) else list(keys)
+        for key in keys:
+            if isinstance(key, bool) or not isinstance(key, str | int | np.integer):
+                raise GalleryError(f"{self.directory}: {key!r} is neither a path nor an id; nothing is removed")
         with self._change():
             before = len(self)
             by_path = self.snapshot.ids_of([key for key in keys if isinstance(key, str)])
@@ -267,19 +274,21 @@ class Gallery:
 
         Args:
             vectors: Queries, float32 ``(Q, D)``; unit vectors for ``cosine``.
-            k: Hits per query, at least 1; rows end in ``-inf`` and ``-1`` only where no more are allowed.
+            k: Hits per query, at least 1, at most as many as there are items; rows end in ``-inf`` and ``-1`` only
+                where no more are allowed.
             allowed: int64 ``(M,)``; only these ids may be found. None allows all. If they are few, each is compared.
 
         Raises:
             GalleryError: If ``k`` is below 1, a query is not finite, or its dimensions are not the gallery's.
         """
-        return self._searching().nearest(vectors, k, allowed)
+        k = min(checked_k(k), max(1, len(self)))
+        return self._searching().nearest(vectors, k, None if allowed is None else as_ids(allowed))
 
     def search(
         self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None = None
     ) -> list[list[Hit]]:
         """As :meth:`nearest`, with the items; fewer than ``k`` only if the gallery or ``allowed`` is smaller."""
-        scores, ids = self.nearest(vectors, min(k, max(1, len(self))), allowed)
+        scores, ids = self.nearest(vectors, k, allowed)
         item = cache(self.snapshot.item)
         return [
             [Hit(key, item(key), score) for key, score in zip(*row, strict=True) if key >= 0]
@@ -288,11 +297,11 @@ class Gallery:
 
     def vectors(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """The vectors of these items, float32 ``(M, D)`` for int64 ``(M,)``; see :meth:`.Snapshot.vectors`."""
-        return self.snapshot.vectors(ids)
+        return self.snapshot.vectors(as_ids(ids))
 
     def items(self, ids: NDArray[np.int64] | None = None) -> Iterator[tuple[int, Item]]:
         """Ids and items in order of id, all or those of ``ids`` that are here; until the gallery changes."""
-        return self.snapshot.items(ids)
+        return self.snapshot.items(None if ids is None else as_ids(ids))
 
     def ids_of(self, paths: Sequence[str]) -> NDArray[np.int64]:
         """Ids of those paths that are here, int64, ascending."""
@@ -320,6 +329,8 @@ class Gallery:
         Raises:
             GalleryError: If the gallery is damaged.
         """
+        if self._closed:
+            raise GalleryError(f"{self.directory}: is closed; open it again")
         stamp = Manifest.stamp(self.directory)  # taken first, so that a later state is never missed
         if stamp is not None and stamp == self._stamp:
             return False
@@ -365,11 +376,13 @@ class Gallery:
             raise GalleryError(f"{self.directory}: is open for reading; open it with writable=True")
         # Whatever went wrong before, now or in an earlier change, the file says which state it is.
         self.refresh()
+        self._check_lock()
         before = self.snapshot.manifest
         try:
             yield
         except Exception as error:
             self.refresh()
+            self._check_lock()  # or it might delete what another writer is about to need
             changes.delete_leftovers(self.directory, self.snapshot.manifest)
             if not isinstance(error, GalleryError) and isinstance(error, OSError | sqlite3.Error | ValueError):
                 state = "unchanged" if self.snapshot.manifest == before else "changed, but maybe not for good"
@@ -384,7 +397,8 @@ class Gallery:
         # Opened first, so that no state becomes the current one that cannot be read.
         snapshot = Snapshot.open(self.directory, state, self.snapshot)
         try:
-            state.write(self.directory)
+            self._check_lock()
+            state.write(self.directory, former)
         except BaseException:
             snapshot.retire(self.snapshot)
             raise

@@ -57,9 +57,11 @@ def check_item(item: Item) -> str:
     """The metadata of an item as it is stored.
 
     Raises:
-        GalleryError: If any of the item cannot be stored: a path leads elsewhere, metadata is not JSON, or text is
-            not Unicode or contains a NUL.
+        GalleryError: If any of the item cannot be stored: it is of a wrong type, a path leads elsewhere, metadata is
+            not JSON, or text is not Unicode or contains a NUL.
     """
+    if strange := _strange(item):
+        raise GalleryError(f"{item.path!r}: {strange}; correct it")
     _check_path(item.path)
     try:
         # Not escaped, as SQLite compares the names of fields as they are written.
@@ -229,9 +231,8 @@ class ItemFile:
             item = Item(*plain, json.loads(metadata))  # type: ignore[call-arg]
         except (TypeError, ValueError, RecursionError) as error:
             raise GalleryError(f"{self.path}: id {key}: {error}; {_MEND}") from error
-        kinds = (str, str | None, int, int, str, dict)
-        if not all(map(isinstance, (*plain, item.metadata), kinds)):
-            raise GalleryError(f"{self.path}: id {key}: is no item; {_MEND}")
+        if strange := _strange(item):
+            raise GalleryError(f"{self.path}: id {key}: is no item, {strange}; {_MEND}")
         _check_path(item.path)
         return item
 
@@ -247,6 +248,8 @@ class ItemFile:
     def _damage_reported(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.ProgrammingError as error:
+            raise GalleryError(f"{self.path}: is closed; open the gallery again") from error
         except (sqlite3.DatabaseError, MemoryError) as error:
             reason = f"{error!s:.200}".replace("\n", " ")
             raise GalleryError(f"{self.path}: {reason}; {self._mend(error)}") from error
@@ -281,6 +284,15 @@ def _insert(table: sqlite3.Connection, items: Iterable[tuple[int, Item]]) -> Non
         (key, item.path, item.caption, item.size, item.mtime_ns, item.sha256, check_item(item)) for key, item in items
     )
     table.executemany(f"INSERT INTO items ({_ITEM}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def _strange(item: Item) -> str | None:
+    """What is of another type than an item's, if anything is."""
+    kinds = {"path": str, "caption": str | None, "size": int, "mtime_ns": int, "sha256": str, "metadata": dict}
+    for name, kind in kinds.items():
+        if not isinstance(value := getattr(item, name), kind):
+            return f"its {name} is {value!r:.80}"
+    return None
 
 
 def _check_path(path: str) -> None:

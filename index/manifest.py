@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ MAX_BYTES = 1 << 26
 KINDS = ("segments", "index", "calibration")
 """Folders of a gallery in which parts are kept."""
 
+_TAIL = len('"sha256": ""}') + 64
+"""Bytes at the end of a manifest that hold its checksum."""
 _PART = re.compile(rf"({'|'.join(KINDS)})/[0-9]{{9}}")
 _FILE = re.compile(r"[a-z_]+(-[0-9]{9})?\.(npy|sqlite|faiss|json)")
 _NUMBER = re.compile("[0-9]{9}")
@@ -98,6 +101,11 @@ class Manifest:
     calibration: Part | None = None
 
     def __post_init__(self) -> None:
+        for name in ("dim", "items", "next_id", "next_part"):
+            if type(number := getattr(self, name)) is not int:
+                raise TypeError(f"{name} is {number!r:.80}, no whole number")
+        for text in (self.metric, self.uid, *self.model.keys(), *self.model.values()):
+            _text(text)
         if self.metric not in METRICS:
             raise ValueError(f"metric {self.metric!r}; choose from {', '.join(METRICS)}")
         if not 0 < self.dim <= 1 << 20 or not 0 < self.next_id < 1 << 62 or not 0 < self.next_part < 10**9:
@@ -125,18 +133,41 @@ class Manifest:
         return json.dumps(body, default=vars).encode()
 
     @staticmethod
-    def stamp(directory: Path) -> tuple[int, ...] | None:
-        """What changes whenever another state becomes the current one, at the cost of a look at the file."""
+    def stamp(directory: Path) -> tuple[int, int, int, bytes] | None:
+        """What changes whenever another state becomes the current one, at the cost of a look at the file.
+
+        Numbers of files are used again and clocks of file systems may tick every two seconds, but no state has the
+        checksum of another.
+        """
         try:
-            status = (directory / NAME).lstat()
+            descriptor = os.open(directory / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
+        try:
+            status = os.fstat(descriptor)
+            checksum = os.pread(descriptor, _TAIL, max(0, status.st_size - _TAIL))
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+        return status.st_ino, status.st_mtime_ns, status.st_size, checksum
 
-    def write(self, directory: Path) -> None:
-        """Make this the current state of the gallery in ``directory``, on disk when it returns."""
-        with replacing(directory / NAME) as file:
+    def write(self, directory: Path, former: Manifest | None) -> None:
+        """Make this the current state of the gallery in ``directory``, on disk when it returns.
+
+        Args:
+            directory: The gallery.
+            former: The state that this one was made from; None for the first.
+
+        Raises:
+            GalleryError: If another one is current: a second writer would undo what the first has acknowledged.
+        """
+        path = directory / NAME
+        with replacing(path) as file:
             file.write(self.encode())
+            current = path.read_bytes() if path.exists() else None
+            if current != (former and former.encode()):
+                raise GalleryError(f"{path}: another program has changed the gallery meanwhile; open it again")
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -191,13 +222,13 @@ class Manifest:
             for of in stored["segments"]
         )
         return cls(
-            _count(stored["dim"]),
-            _text(stored["metric"]),
-            {_text(key): _text(value) for key, value in stored["model"].items()},
-            _text(stored["uid"]),
-            _count(stored["items"]),
-            _count(stored["next_id"]),
-            _count(stored["next_part"]),
+            stored["dim"],
+            stored["metric"],
+            stored["model"],
+            stored["uid"],
+            stored["items"],
+            stored["next_id"],
+            stored["next_part"],
             segments,
             part("index"),
             part("calibration"),

@@ -136,6 +136,8 @@ class Segment:
 
     def _read(self, start: int, count: int) -> NDArray[np.float32]:
         row_bytes = 4 * self.dim
+        if self._file.closed:
+            raise GalleryError(f"{self._file.name}: is closed; open the gallery again")
         try:
             read = os.pread(self._file.fileno(), count * row_bytes, self._offset + start * row_bytes)
         except OSError as error:

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from index.errors import GalleryError
 
+UNIT_ROUNDING = 1e-2
+"""How far from 1 rounding, to bfloat16 even, takes the length of a unit vector."""
 _BLOCK_ELEMENTS = 1 << 18
 """Gallery elements that an order scan handles at once: 1 MiB of float32, so temporaries stay in cache."""
 _GATHERED = 1 << 22
@@ -98,7 +100,14 @@ def as_rows(vectors: ArrayLike, dim: int, name_row: Callable[[int], str]) -> NDA
     Raises:
         GalleryError: If the shape is another, or a row ``n`` is not finite; ``name_row(n)`` names it.
     """
-    rows = np.ascontiguousarray(vectors, dtype=np.float32)
+    try:
+        given = np.asarray(vectors)
+    except ValueError as error:  # rows of different lengths
+        raise GalleryError(f"vectors that are no array of numbers ({error}); give float32 (N, {dim})") from error
+    if given.dtype.kind not in "fiu":
+        raise GalleryError(f"vectors of {given.dtype}, which are no real numbers; give float32 (N, {dim})")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+        rows = np.ascontiguousarray(given, dtype=np.float32)
     if rows.ndim != 2 or rows.shape[1] != dim:
         raise GalleryError(f"vectors of shape {rows.shape} where (N, {dim}) is needed; use the same encoder")
     # Whatever is not finite makes the sum so; only then it is worth looking where it is.
@@ -113,11 +122,48 @@ def as_queries(queries: ArrayLike, dim: int, k: int) -> NDArray[np.float32]:
     """Queries as :func:`as_rows`, for ``k`` hits each.
 
     Raises:
-        GalleryError: Also if ``k`` is below 1.
+        GalleryError: Also if ``k`` is no whole number from 1.
     """
-    if k < 1:
-        raise GalleryError(f"k is {k}; ask for at least 1 hit")
+    checked_k(k)
     return as_rows(queries, dim, "query {}".format)
+
+
+def checked_k(k: int) -> int:
+    """A number of hits to ask for.
+
+    Raises:
+        GalleryError: If it is no whole number from 1.
+    """
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise GalleryError(f"k is {k!r}; ask for at least 1 hit")
+    return int(k)
+
+
+def as_ids(ids: ArrayLike) -> NDArray[np.int64]:
+    """Ids int64 ``(M,)`` from what a caller gave.
+
+    Raises:
+        GalleryError: If they are no whole numbers in a row.
+    """
+    given = np.asarray(ids)
+    if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
+        raise GalleryError(f"ids of {given.dtype} {given.shape}; give whole numbers in a row")
+    return given.astype(np.int64, copy=False)
+
+
+def check_unit(rows: NDArray[np.float32], name_row: Callable[[int], str]) -> None:
+    """Refuse vectors ``(N, D)`` whose inner products would be no cosines.
+
+    Raises:
+        GalleryError: If a row ``n`` is not of length 1; ``name_row(n)`` names it.
+    """
+    # In float64 squares of finite float32 numbers neither overflow nor vanish.
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    off = np.flatnonzero(np.abs(lengths - 1) > UNIT_ROUNDING)
+    if len(off):
+        row = int(off[0])
+        mend = "divide it by that" if lengths[row] else "leave it out"
+        raise GalleryError(f"{name_row(row)}: its vector has length {lengths[row]:.4g} where cosine needs 1; {mend}")
 
 
 def no_hits(queries: int, k: int) -> SearchHits:

@@ -32,10 +32,11 @@ def export_features(data: str, splits: list[str], config: ImageTowerConfig, out:
         One line per finished split.
 
     Raises:
-        InputError: If a split is missing or has no pictures, or the encoder cannot be had.
+        InputError: If a split is missing, has no pictures or is in ``out`` already, or the encoder cannot be had.
     """
     corpora = {split: load_corpus(data, split) for split in splits}  # hours may pass before the last is written
     for split, corpus in corpora.items():
+        precomputed.check_absent(out, split)
         if not corpus.images:
             raise InputError(f"{data} [{split}]: holds features already; give a data set with pictures")
     if ":" not in config.encoder:

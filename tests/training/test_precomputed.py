@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,51 @@ def test_written_features_are_read_back_with_any_number_of_captions(tmp_path: Pa
     assert np.array_equal(again.owner, owner)
     assert again.captions == [f"a b c {c}" for c in range(45)]
     with pytest.raises(InputError, match="8 feature rows for 9 images"):
-        precomputed.write(tmp_path / "new", "val", features[:8], corpus)
+        precomputed.write(tmp_path / "other", "val", features[:8], corpus)
+    precomputed.check_absent(tmp_path / "new", "train")
+    for name in ("dev_caps.txt", "dev_ims.npy", "dev_owners.npy"):
+        with pytest.raises(InputError, match=r"dev_.*: is there already; choose another --out"):
+            precomputed.check_absent(tmp_path / "new", "val")
+        (tmp_path / "new" / name).unlink()
+    precomputed.check_absent(tmp_path / "new", "val")
+
+
+def test_captions_are_never_paired_with_the_features_of_another_export(tmp_path: Path) -> None:
+    def toy(first: str, second: str) -> Corpus:
+        features = np.array([[ord(first)], [ord(second)]], np.float32)
+        return Corpus("toy", "val", [first, second], [first, second], ["1", "2"], np.arange(2), features=features)
+
+    old, new = toy("a", "b"), toy("b", "a")
+    seen = set()
+    for moves in range(9):
+        directory = tmp_path / str(moves)
+        assert old.features is not None
+        precomputed.write(directory, "val", old.features, old)
+        with pytest.MonkeyPatch.context() as patch:
+            done = 0
+
+            def killed(change: Any, *arguments: Any) -> None:
+                nonlocal done
+                done += 1
+                if done > moves:  # noqa: B023 (called in this round)
+                    raise KeyboardInterrupt
+                change(*arguments)
+
+            for name in ("rename", "replace"):
+                patch.setattr(os, name, partial(killed, getattr(os, name)))
+            with suppress(KeyboardInterrupt):
+                assert new.features is not None
+                precomputed.write(directory, "val", new.features, new)
+        assert precomputed.splits(directory) == ["dev"]
+        found = precomputed.read(directory, "dev")
+        assert found.features is not None
+        pairs = [
+            (caption, chr(int(found.features[row, 0])))
+            for caption, row in zip(found.captions, found.owner, strict=True)
+        ]
+        assert all(caption == picture for caption, picture in pairs), moves
+        seen.add(tuple(found.captions))
+    assert seen == {("a", "b"), ("b", "a")}
 
 
 def test_caption_lines_end_at_newlines_only(tmp_path: Path) -> None:

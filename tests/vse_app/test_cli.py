@@ -329,6 +329,11 @@ def test_features_train_and_evaluate(
     ended = vse("features", data, *encoder, "--splits", "train", "val", "test", "--out", out)
     assert ended.status == 0
     assert f"{out}: dev: 3 images, 6 captions, 1280 wide" in ended.out
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    refused(
+        vse("features", data, *encoder, "--splits", "test", "--out", out), "is there already; choose another --out"
+    )
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
     refused(vse("features", f"precomputed:{out}", *encoder, "--out", tmp_path / "again"), "holds features already")
     refused(vse("features", data, "--image-encoder", "precomputed", "--out", tmp_path / "again"), "is not pretrained")
     assert vse("train", "--data", f"precomputed:{out}", "--out", tmp_path / "run", *FEATURES).status == 0

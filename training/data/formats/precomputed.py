@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from training.data.corpus import Corpus
 from training.data.formats.records import check_text, text_lines
 from training.errors import InputError
-from training.files import replacing, write_text
+from training.files import current_files, replacing_files
 
 _PER_IMAGE = 5
 _BLOCK_BYTES = 1 << 26
@@ -80,11 +80,12 @@ def read(directory: Path, split: str, dev_limit: int = 5000) -> Corpus:
 
 def splits(directory: Path) -> list[str]:
     """The splits that have a caption file."""
-    return sorted(path.name.removesuffix("_caps.txt") for path in directory.glob("*_caps.txt"))
+    paths = (*directory.glob("*_caps.txt"), *current_files(directory).glob("*_caps.txt"))
+    return sorted({path.name.removesuffix("_caps.txt") for path in paths})
 
 
 def write(directory: Path, split: str, features: NDArray[np.floating], corpus: Corpus) -> None:
-    """Writes what :func:`read` reads, owners included; each file appears whole or not at all.
+    """Writes what :func:`read` reads, owners included, in place of what was there: all files of the split or none.
 
     Args:
         directory: Created if need be.
@@ -97,12 +98,24 @@ def write(directory: Path, split: str, features: NDArray[np.floating], corpus: C
     """
     if len(features) != len(corpus.image_ids):
         raise InputError(f"{directory}: {len(features)} feature rows for {len(corpus.image_ids)} images")
-    captions_path, features_path, owners_path = _paths(directory, _canonical(split))
     text = "".join(" ".join(caption.split()) + "\n" for caption in corpus.captions)
-    for path, array in ((features_path, features), (owners_path, corpus.owner)):
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-    write_text(captions_path, text)
+    with replacing_files(directory) as folder:
+        captions_path, features_path, owners_path = _paths(folder, _canonical(split))
+        for path, array in ((features_path, features), (owners_path, corpus.owner)):
+            with path.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+        captions_path.write_text(text, encoding="utf-8")
+
+
+def check_absent(directory: Path, split: str) -> None:
+    """Refuses a folder that holds anything of a split already.
+
+    Raises:
+        InputError: If it does.
+    """
+    for path in _paths(directory, _canonical(split)):
+        if path.exists():
+            raise InputError(f"{path}: is there already; choose another --out, or delete it first")
 
 
 def _canonical(split: str) -> str:
@@ -110,6 +123,8 @@ def _canonical(split: str) -> str:
 
 
 def _paths(directory: Path, split: str) -> tuple[Path, Path, Path]:
+    current = current_files(directory)  # of the split that was written last
+    directory = current if (current / f"{split}_caps.txt").exists() else directory
     return (
         directory / f"{split}_caps.txt",
         directory / f"{split}_ims.npy",
