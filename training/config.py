@@ -66,7 +66,7 @@ class ClusterConfig:
     """Draws by gradient, for sampler = clustered and importance."""
 
     count: int = 64
-    """Clusters; at most half the batch, so that each batch sees all of them."""
+    """Clusters; at most half the batch are made, so that each batch sees all of them, most of them twice."""
     allocation: Literal["equal", "proportional", "neyman"] = "proportional"
     """How a batch is shared among clusters. proportional never loses; neyman gains most on redundant data."""
     mix: float = 0.2

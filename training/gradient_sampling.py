@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +25,8 @@ from training.sampling.decision import PAYS, Decision, importance_ratio, round_u
 from training.sampling.gradient_factors import FactorRecorder, GradientSketch, record_factors
 from training.sampling.stratified import ImportanceBatches, StratifiedBatches, WeightedBatches
 from training.sampling.variance import SampledGain, sampled_gain
+
+logger = logging.getLogger(__name__)
 
 MEMORY = 0.9  # weight of what is known about a pair's gradient when it passes by again
 RECORDED = ("sketches", "memory", "seen", "labels", "scores")
@@ -43,9 +47,12 @@ class GradientSampling:
     In such an epoch a batch is B anchors with weights ``N_k / (N n_k)``, and M negatives drawn uniformly and apart
     from them. Its expected gradient is that of the loss of uniform anchors against M uniform negatives, pool
     included: that is unbiased. What is not: the loss *within* a batch that was not drawn uniformly (its value
-    depends on batch-mates, no weights repair that), and anything after gradient clipping or Adam. What clusters
-    and decisions go by are the gradients at the anchors, without the part that reaches the weights through
-    their negatives and without dropout; no choice of anchors removes the noise of those two.
+    depends on batch-mates, no weights repair that), and anything after gradient clipping or Adam.
+
+    Decisions go by fresh gradients at the anchors, without the part that reaches the weights through their negatives
+    and without dropout; no choice of anchors removes the noise of those two. So do the first clusters. Later ones are
+    made of what passed by, with dropout: in an epoch drawn by gradient of anchors, in a uniform epoch of all that
+    reached the weights through a pair, as an anchor and as a negative of its batch-mates.
 
     Args:
         model: Holds ``layers``; switched to evaluation for fresh gradients and back.
@@ -54,7 +61,7 @@ class GradientSampling:
         pairs: The items.
         loss: The training loss.
         kind: ``clustered``, or ``importance`` for independent draws by gradient norm.
-        config: Settings.
+        config: Settings; at most half as many clusters as ``batch_size`` are made.
         batch_size: Items per batch.
         seed: Decides clusters and draws.
 
@@ -78,6 +85,12 @@ class GradientSampling:
             raise InputError(
                 f"sampler = {kind}: neither tower has a linear map or word embeddings to train; add a head"
             )
+        if config.count > batch_size // 2:  # a cluster that is drawn once shows nothing of its variance
+            most = batch_size // 2
+            logger.warning(
+                "clusters.count %d: batches of %d are drawn from %d clusters", config.count, batch_size, most
+            )
+            config = replace(config, count=most)
         self.model, self.layers, self.embed, self.pairs, self.loss = model, layers, embed, pairs, loss
         self.kind, self.config, self.batch_size, self.seed = kind, config, batch_size, seed
         self.sketch = GradientSketch(config.sketch, seed)
@@ -118,7 +131,10 @@ class GradientSampling:
         return ([*draw.indices.tolist(), *self.draw_negatives(epoch, at).tolist()] for at, draw in draws)
 
     def backward(self, batch: Batch) -> LossOutput:
-        """Loss and gradient of a training step, keeping a sketch of each anchor's gradient.
+        """Loss and gradient of a training step, keeping a sketch of each pair's gradient.
+
+        That is an anchor's in an epoch drawn by gradient. In a uniform one pairs are also each other's negatives, and
+        their part in that is kept with the rest.
 
         Args:
             batch: B pairs of a uniform shuffle, or B anchors and M negatives of :meth:`epoch`.
@@ -204,7 +220,7 @@ class GradientSampling:
     def refresh(self, step: int) -> Decision:
         """Cluster what was recorded, and decide about the epoch that begins with ``step``."""
         begin = time.perf_counter()
-        again = int(self.labels.min()) >= 0
+        again = int(self.labels.min()) >= 0 and int(self.labels.max()) < self.config.count
         fitted = fit_clusters(
             self.memory.numpy(),
             self.config.count,

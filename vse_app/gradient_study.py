@@ -139,7 +139,7 @@ class GradientStudy:
 
     def samplers(self, sketches: Floats, losses: Floats) -> dict[str, WeightedBatches]:
         """All samplers that are compared, from fresh gradients ``(N, m)`` and losses ``(N,)``."""
-        config, size, seed = self.config.clusters, self.sampling.batch_size, self.config.seed
+        config, size, seed = self.sampling.config, self.sampling.batch_size, self.config.seed
         lengths = np.linalg.norm(sketches, axis=1).astype(np.float64)
         one = np.zeros(len(sketches), dtype=np.int64)
         samplers: dict[str, WeightedBatches] = {

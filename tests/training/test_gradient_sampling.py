@@ -221,3 +221,37 @@ def test_nothing_to_look_at_is_refused(config: Config) -> None:
     trainer.model.image_tower.head = torch.nn.Identity()
     with pytest.raises(InputError, match="neither tower has a linear map or word embeddings to train"):
         trainer.gradient_sampling("clustered")
+
+
+@pytest.mark.parametrize("sampler", ["clustered", "importance"])
+@pytest.mark.parametrize(("count", "made"), [(6, 6), (12, 12), (13, 12), (24, 12), (1000, 12)])
+def test_there_are_at_most_half_as_many_clusters_as_pairs_in_a_batch(
+    sampler: str, count: int, made: int, clustered: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(clustered, sampler=sampler, clusters=replace(clustered.clusters, count=count))
+    of = sampling(Trainer(config))
+    of.start()
+    assert of.config.count == made
+    assert int(of.labels.max()) < made
+    assert [record.getMessage() for record in caplog.records] == [
+        f"clusters.count {count}: batches of 24 are drawn from {made} clusters"
+    ] * (count > made)
+
+
+def test_more_clusters_of_an_earlier_version_are_made_anew(clustered: Config) -> None:
+    of = sampling(Trainer(clustered))
+    of.start()
+    state = of.state_dict()
+    of.load_state_dict(state | {"labels": torch.arange(len(of.pairs)) % 24, "scores": torch.ones(24)})
+    of.refresh(5)
+    assert int(of.labels.max()) < 6
+
+
+def test_a_uniform_epoch_records_pairs_as_negatives_too(clustered: Config) -> None:
+    trainer = Trainer(with_loss(with_optim(clustered, batch_size=60), name="sum"))
+    of = sampling(trainer)
+    items = np.arange(0, 120, 2)
+    of.backward(trainer.pairs[items.tolist()].to(trainer.device))
+    anchors, _ = of.fresh_gradients(items, items)
+    as_negatives = of.sketches[items] - anchors
+    assert (as_negatives.norm(dim=1) > 0.1 * anchors.norm(dim=1)).all()
