@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    pass
+    from vse_app.indexing import AddReport
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -29,6 +29,7 @@ def add_parser(verbs: Any) -> None:
     add.add_argument(
         "--facts", type=Path, default=None, metavar="FILE", help="CSV or JSON lines: image, caption, other fields"
     )
+    add.add_argument("--force", action="store_true", help="compare contents even where size and time are the same")
     remove = _action(actions, "remove", _remove, "take pictures out of the gallery; the files stay", dry_run=True)
     remove.add_argument("paths", type=Path, nargs="*", help="files, and folders with all that is below")
     remove.add_argument("--missing", action="store_true", help="all whose files are gone")
@@ -82,28 +83,46 @@ def _add(args: argparse.Namespace) -> None:
     from index.gallery import Gallery
     from index.tuning import EXACT_UP_TO
     from training.data.image_folders import find_images
-    from vse_app.facts import read_facts
+    from training.errors import InputError
+    from vse_app.facts import FactTable, read_facts
+    from vse_app.indexing import AddReport
     from vse_app.search_engine import SearchEngine
 
-    files = find_images(args.paths)  # a wrong path is refused before a gallery is made
-    facts = read_facts(args.facts) if args.facts else {}
-    if args.dry_run and not Gallery.exists(args.gallery):
-        print(f"{args.gallery}: would be made, with {len(files)} pictures")
-        return
-    with SearchEngine.open_or_create(args.gallery, args.model) as engine:
-        report = engine.add(files, facts, dry_run=args.dry_run)
-        total = len(engine.gallery)
-        slow = engine.gallery.metric == "cosine" and total > EXACT_UP_TO and not engine.gallery.curve()
-    if args.json:
-        print_json({**report.to_json(), "items": total})
-        return
-    if report.quarantine.report():
-        print(report.quarantine.report(), file=sys.stderr)
-    counts = f"{report.added} added, {report.reworded} reworded, {report.unchanged} unchanged"
-    refused = len(report.quarantine.refused)
-    print(f"{args.gallery}: {_would(args)}{counts}, {refused} refused; {total} pictures")
+    listing = find_images(args.paths)  # a wrong path is refused before a gallery is made
+    facts = read_facts(args.facts) if args.facts else FactTable()
+    exists, total, slow = Gallery.exists(args.gallery), 0, False
+    if not exists and not listing.files and listing.lines():
+        raise InputError(f"{args.gallery}: not made, as there are no pictures for it; {listing.lines()[0]}")
+    if exists or not args.dry_run:
+        # What only looks need not wait for the one who writes.
+        with (
+            SearchEngine.open(args.gallery)
+            if args.dry_run
+            else SearchEngine.open_or_create(args.gallery, args.model) as engine
+        ):
+            report = engine.add(listing, facts, dry_run=args.dry_run, force=args.force)
+            total = len(engine.gallery)
+            slow = engine.gallery.metric == "cosine" and total > EXACT_UP_TO and not engine.gallery.curve()
+    else:
+        report = AddReport(added=len(listing.files), left_out=listing.lines())
+        report.quarantine.refused += listing.refused
+    report.left_out += facts.problems
+    _tell_added(args, report, total, exists or not args.dry_run)
     if slow:
         print(f"vse index {args.gallery} tune would make searching so many faster", file=sys.stderr)
+    if report.in_vain:
+        sys.exit(2)
+
+
+def _tell_added(args: argparse.Namespace, report: AddReport, total: int, exists: bool) -> None:
+    if args.json:
+        print_json({**report.to_json(), "items": total, "dry_run": args.dry_run})
+        return
+    for line in [report.quarantine.report(), *(f"note     {line}" for line in report.left_out)]:
+        if line:
+            print(line, file=sys.stderr)
+    made = f"{_would(args)}{report}; {total} pictures" if exists else f"would be made, with {report.added} pictures"
+    print(f"{args.gallery}: {made}")
 
 
 def _remove(args: argparse.Namespace) -> None:

@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from index.errors import GalleryError, ModelError
 from index.filters import Condition
 from index.gallery import Gallery, Hit
-from index.items import JSON, Item
 from index.manifest import Manifest, Part
 from index.near_duplicates import collapse
 from index.querybank import rescore
 from index.relevance import Relevance, sample
 from index.vector_index import SearchHits
-from training.data.image_folders import Quarantine, decode_all, find_images
+from training.data.image_folders import Listing, find_images
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
 from vse_app import limits
+from vse_app.indexing import AddReport as AddReport
+from vse_app.indexing import Facts as Facts
+from vse_app.indexing import add_pictures, plan_pictures
 from vse_app.queries import Options, Query, embed, item_id, told
 from vse_app.text_cache import TextCache
 
-BATCH = 64  # pictures decoded, embedded and made durable together
 _HUB_DEPTH = 10  # hubness correction ranks anew so many times as many results as are wanted
 _HITS = 1 << 22  # hits held at once, 50 MB
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a picture beside its pixels: a sentence, and whatever else searches may ask for."""
-
-    caption: str | None = None
-    metadata: Mapping[str, JSON] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,21 +49,6 @@ class Result(Hit):
     likely: bool | None = None
     alike: int = 0
     duplicates: tuple[Hit, ...] = ()
-
-
-@dataclass
-class AddReport:
-    """What became of the files given to :meth:`SearchEngine.add`."""
-
-    added: int = 0
-    reworded: int = 0
-    unchanged: int = 0
-    quarantine: Quarantine = field(default_factory=Quarantine)
-
-    def to_json(self) -> dict[str, Any]:
-        """Counts and the quarantined files."""
-        counts = {"added": self.added, "reworded": self.reworded, "unchanged": self.unchanged}
-        return {**counts, **self.quarantine.to_json()}
 
 
 class SearchEngine:
@@ -160,41 +134,24 @@ class SearchEngine:
             )
 
     def add(
-        self, paths: Sequence[Path], facts: Mapping[Path, Facts] | None = None, *, dry_run: bool = False
+        self,
+        pictures: Sequence[Path] | Listing,
+        facts: Mapping[Path, Facts] | None = None,
+        *,
+        dry_run: bool = False,
+        force: bool = False,
+        find_moved: bool = True,
     ) -> AddReport:
-        """Index pictures from files and folders; each batch is durable once the bar has moved past it.
+        """Index pictures from files and folders, see :func:`vse_app.indexing.add_pictures`.
 
-        Unchanged files that are in the gallery already are not decoded again. Files that cannot be decoded
-        are reported and left out.
-
-        Args:
-            paths: Files, and folders to walk.
-            facts: What to keep with some of the files.
-            dry_run: Report what would be added, and change nothing; no picture is decoded.
+        Raises:
+            InputError: If a path is missing, or a folder among them cannot be read; what is wrong with a single
+                picture is in the report.
+            GalleryError: If the disk is full.
         """
-        files = {str(path.resolve()): path for path in find_images(paths)}  # spellings of a file are one picture
-        known = {str(path.resolve()): of for path, of in (facts or {}).items()}
-        unchanged = self.gallery.unchanged(
-            {target: _size_and_time(path) for target, path in files.items() if path.exists()}
-        )
-        report = AddReport(unchanged=len(unchanged))
-        stale = [path for target, path in files.items() if target not in unchanged]
-        reworded = self._reworded(sorted(unchanged & known.keys()), known)
-        report.reworded = len(reworded)
-        report.unchanged -= len(reworded)
-        if dry_run:
-            report.added = len(stale)
-            return report
-        for start in range(0, len(reworded), BATCH):
-            batch = reworded[start : start + BATCH]
-            self.gallery.add([item for _, item in batch], self.gallery.vectors(np.array([key for key, _ in batch])))
-        with tqdm(total=len(stale), desc="index", unit="image", delay=1, leave=False) as bar:
-            for decoded in _batches(decode_all(stale, report.quarantine)):
-                vectors = self.model.encode_images([image for _, image in decoded]).numpy()
-                items = [_item(path, known.get(str(path.resolve()), Facts())) for path, _ in decoded]
-                report.added += len(self.gallery.add(items, vectors))
-                bar.update(len(decoded))
-        return report
+        listing = pictures if isinstance(pictures, Listing) else find_images(pictures)
+        plan = plan_pictures(self.gallery, listing, facts or {}, force=force, find_moved=find_moved)
+        return plan.report if dry_run else add_pictures(self.gallery, lambda: self.model, plan)
 
     def search(
         self,
@@ -360,15 +317,6 @@ class SearchEngine:
             )
         return results
 
-    def _reworded(self, targets: list[str], known: Mapping[str, Facts]) -> list[tuple[int, Item]]:
-        """Unchanged files whose caption or metadata is to be another."""
-        reworded = []
-        for key, item in self.gallery.items(self.gallery.ids_of(targets)):
-            facts = known[item.path]
-            if (item.caption, item.metadata) != (facts.caption, facts.metadata):
-                reworded.append((key, replace(item, caption=facts.caption, metadata=dict(facts.metadata))))
-        return reworded
-
     def close(self) -> None:
         """Close the gallery."""
         self._texts.close()
@@ -396,28 +344,3 @@ def load_model(gallery: Gallery) -> DualEncoder:
     model = DualEncoder.from_pretrained(gallery.model["name"])
     gallery.check_model(model.fingerprint())
     return model
-
-
-def _batches(
-    decoded: Iterator[tuple[Path, Image.Image]],
-) -> Iterator[list[tuple[Path, Image.Image]]]:
-    while batch := list(islice(decoded, BATCH)):
-        yield batch
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _item(path: Path, facts: Facts) -> Item:
-    content = path.read_bytes()
-    status = path.stat()
-    return Item(
-        path=str(path.resolve()),
-        caption=facts.caption,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        sha256=hashlib.sha256(content).hexdigest(),
-        metadata=dict(facts.metadata),
-    )

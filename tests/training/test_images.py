@@ -211,7 +211,7 @@ def test_nothing_of_pillow_reaches_the_terminal(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from PIL import Image; Image.MAX_IMAGE_PIXELS = 40\n"
         "from training.data.image_folders import Quarantine, decode_all, find_images\n"
-        "print(len(list(decode_all(find_images([Path(sys.argv[1])]), Quarantine()))))"
+        "print(len(list(decode_all(find_images([Path(sys.argv[1])]).files, Quarantine()))))"
     )
     answer = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert answer.stdout == "3\n"
@@ -271,9 +271,9 @@ def test_folders_are_walked_in_a_stable_order(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     expected = [tmp_path / "a.png", tmp_path / "b.JPG", tmp_path / "sub" / "c.webp"]
-    assert find_images([tmp_path]) == expected
+    assert find_images([tmp_path]).files == expected
     named = tmp_path / "raw"
-    assert find_images([named, tmp_path, tmp_path / "a.png"]) == [named, *expected]
+    assert find_images([named, tmp_path, tmp_path / "a.png"]).files == [named, *expected]
     with pytest.raises(InputError, match="missing: no such file or folder"):
         find_images([tmp_path / "missing"])
 
@@ -283,7 +283,7 @@ def test_bad_files_end_in_quarantine_and_the_rest_is_decoded(tmp_path: Path) -> 
     (tmp_path / "bad.jpg").write_text("no")
     noise(4, 4).convert("CMYK").save(tmp_path / "print.jpg")
     quarantine = Quarantine()
-    decoded = [path.name for path, _ in decode_all(find_images([tmp_path]), quarantine)]
+    decoded = [path.name for path, _ in decode_all(find_images([tmp_path]).files, quarantine)]
     assert decoded == ["good.png", "print.jpg"]
     lines = quarantine.report().splitlines()
     assert len(lines) == 2

@@ -75,7 +75,7 @@ def test_dry_runs_touch_nothing(program: Program, photos: list[Path], model: Pat
     photos[0].unlink()
     Image.new("RGB", (9, 9)).save(photos[1])
     before = files(tmp_path)
-    assert program.index("add", tmp_path / "photos", "--dry-run")["added"] == 1
+    assert program.index("add", tmp_path / "photos", "--dry-run")["updated"] == 1
     assert program.index("remove", "--missing", "--dry-run")["removed"] == 1
     assert program.index("tune", "--queries", queries, "-k", 5, "--dry-run")["chosen"] == "exact"
     assert program.index("compact", "--dry-run")["dry_run"]

@@ -15,11 +15,12 @@ from index.filters import Condition
 from index.gallery import Gallery
 from index.querybank import QueryBank
 from index.relevance import Relevance
+from training.data.batches import Inputs
 from training.data.text import WordTokenizer
 from training.errors import InputError
 from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from training.models.dual_encoder import DualEncoder
-from vse_app import search_engine
+from vse_app import indexing
 from vse_app.queries import Query
 from vse_app.search_engine import Facts, SearchEngine
 
@@ -51,12 +52,16 @@ def photos(tmp_path: Path) -> list[Path]:
 def test_results_are_those_of_a_full_sort(
     batch: int, model: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_engine, "BATCH", batch)
+    monkeypatch.setattr(indexing, "BATCH", batch)
+    monkeypatch.setattr(indexing, "TOGETHER", 2)
     with SearchEngine.open_or_create(tmp_path / "g", model) as engine:
         assert engine.add(photos, {photos[2]: Facts("a red disc")}).to_json() == {
             "added": 7,
+            "updated": 0,
+            "moved": 0,
             "reworded": 0,
             "unchanged": 0,
+            "left_out": [],
             "refused": [],
             "notes": [],
         }
@@ -79,16 +84,17 @@ def test_only_new_and_changed_pictures_are_embedded(
     with SearchEngine.open_or_create(tmp_path / "g", model) as engine:
         engine.add(photos[:5])
         embedded: list[int] = []
-        encode = engine.model.encode_images
+        encode = engine.model.encode
 
-        def counted(images: list[Image.Image]) -> torch.Tensor:
-            embedded.append(len(images))
-            return encode(images)
+        def counted(side: str, inputs: Inputs) -> torch.Tensor:
+            embedded.append(len(inputs))
+            return encode(side, inputs)
 
-        monkeypatch.setattr(engine.model, "encode_images", counted)
+        monkeypatch.setattr(engine.model, "encode", counted)
         Image.new("RGB", (20, 24), "red").save(photos[1])
         report = engine.add([photos[0].parent])
-        assert (report.added, report.unchanged, embedded) == (3, 4, [3])
+        assert (report.added, report.updated, report.unchanged, embedded) == (2, 1, 4, [3])
+        monkeypatch.undo()
         assert len(engine.gallery) == 7
         assert engine.search_image(photos[1], 1)[0].item.path == str(photos[1])
 
@@ -171,7 +177,7 @@ def test_new_facts_are_kept_without_embedding_again(
     engine: SearchEngine, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = engine.search_image(photos[0], 1)[0]
-    monkeypatch.setattr(engine.model, "encode_images", None)
+    monkeypatch.setattr(engine.model, "encode", None)
     report = engine.add(photos, {photos[0]: Facts("new", {"number": 10}), photos[1]: Facts(None, {"number": 1})})
     assert (report.added, report.reworded, report.unchanged) == (0, 1, 6)
     monkeypatch.undo()
@@ -184,7 +190,7 @@ def test_a_dry_run_changes_nothing(engine: SearchEngine, photos: list[Path]) -> 
     state = engine.gallery.snapshot.manifest
     Image.new("RGB", (20, 24), "red").save(photos[1])
     report = engine.add(photos, {photos[0]: Facts("new")}, dry_run=True)
-    assert (report.added, report.reworded, report.unchanged) == (1, 1, 5)
+    assert (report.updated, report.reworded, report.unchanged) == (1, 1, 5)
     assert engine.gallery.snapshot.manifest == state
 
 

@@ -93,7 +93,7 @@ def decode(path: Path, side: int | None = None) -> Image.Image:
             defined range, or has more than :data:`MAX_PIXELS` pixels or is otherwise made to keep a decoder busy
             (found without decoding, see :mod:`training.data.image_bounds`).
     """
-    return _decode(_read(path)[0], str(path), MAX_PIXELS, raster_formats(), side)[0]
+    return _decode(read_file(path).data, str(path), MAX_PIXELS, raster_formats(), side)[0]
 
 
 def decode_bytes(
@@ -126,13 +126,40 @@ def read_picture(path: Path, side: int | None = None) -> Picture:
     Raises:
         InputError: As :func:`decode`, and if the file changed while it was read.
     """
-    data, status = _read(path)
-    image, notes = _decode(data, str(path), MAX_PIXELS, raster_formats(), side)
-    return Picture(image, tuple(notes), hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns)
+    return read_file(path).decode(side)
 
 
-def _read(path: Path) -> tuple[bytes, os.stat_result]:
-    """The content of a file, and its size and time of change while it had that content."""
+@dataclass(frozen=True)
+class FileContent:
+    """What a file held at one moment.
+
+    Attributes:
+        path: The file.
+        data: Its content.
+        mtime_ns: Its time of last change when it had that content, in nanoseconds since the epoch.
+    """
+
+    path: Path
+    data: bytes
+    mtime_ns: int
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the content."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def decode(self, side: int | None = None) -> Picture:
+        """The picture, see :func:`read_picture`."""
+        image, notes = _decode(self.data, str(self.path), MAX_PIXELS, raster_formats(), side)
+        return Picture(image, tuple(notes), self.sha256, len(self.data), self.mtime_ns)
+
+
+def read_file(path: Path) -> FileContent:
+    """Reads a file of a size that a picture may have.
+
+    Raises:
+        InputError: If it is missing, empty, too large or cannot be read, or changed while it was read.
+    """
     try:
         before = path.stat()
         usable = stat.S_ISREG(before.st_mode) and before.st_size <= MAX_BYTES
@@ -155,7 +182,7 @@ def _read(path: Path) -> tuple[bytes, os.stat_result]:
         raise InputError(f"{path}: empty file; replace or remove it")
     if len(data) != after.st_size or _identity(before) != _identity(after):
         raise InputError(f"{path}: changed while it was read; try again when it is complete")
-    return data, after
+    return FileContent(path, data, after.st_mtime_ns)
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
@@ -173,11 +200,12 @@ def _decode(
             if width * height > max_pixels:
                 raise Image.DecompressionBombError(f"{width}x{height} pixels, limit {max_pixels}")
             notes = ["several frames: the first is used"] if getattr(image, "is_animated", False) else []
-            if side is not None and image.mode in ("L", "RGB", "CMYK"):
-                image.thumbnail((side, side))  # before loading, so that less is decoded where the format allows it
-            if image.tile and image.tile[0][3] == "RGB;16B" and "transparency" in image.info:
+            key = image.info.get("transparency")
+            if key is not None and image.tile and image.tile[0][3] == "RGB;16B":
                 # Pillow keeps the upper half of each channel, but the transparent colour whole.
-                image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
+                image.info["transparency"] = tuple(value >> 8 for value in key)
+            if side is not None and key is None and image.mode in ("L", "RGB", "CMYK"):
+                image.thumbnail((side, side))  # before loading, so that less is decoded where the format allows it
             image.load()
             upright = _to_rgb(image, notes)
         if side is not None:

@@ -112,7 +112,9 @@ def _rows_by_picture(directory: Path, notes: list[str]) -> dict[Path, list[_Row]
     tables = [directory / name for name in ("captions.csv", "captions.jsonl") if (directory / name).is_file()]
     if len(tables) > 1:
         raise InputError(f"{directory}: both captions.csv and captions.jsonl; keep one")
-    on_disk = find_images([directory])
+    listing = find_images([directory])
+    on_disk = listing.files
+    notes += [*(f"{path}: {reason}" for path, reason in listing.refused), *listing.lines()]
     malformed: list[str] = []
     if not tables:
         rows, folders = _sidecars(directory, on_disk, notes), [directory]
