@@ -15,7 +15,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
+from index.errors import GalleryError
 from index.gallery import Gallery
+from index.items import Item
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
 from vse_app import limits
@@ -138,7 +140,8 @@ class SearchService:
             facts: What to keep with each of them.
 
         Returns:
-            Their ids; a picture that is there already is not kept twice, but takes the new facts.
+            Their ids; a picture that is there already is not kept twice, but takes the caption and the metadata
+            that are given.
 
         Raises:
             InputError: If the caption is too long.
@@ -152,7 +155,11 @@ class SearchService:
             try:
                 for picture in pictures:
                     paths.append(keep_upload(picture, self.uploads).resolve())
-                SearchEngine(gallery, self.model).add(paths, dict.fromkeys(paths, facts))
+                known = {item.path: item for _, item in gallery.items(gallery.ids_of([str(path) for path in paths]))}
+                given = {path: _kept(facts, known.get(str(path))) for path in paths}
+                report = SearchEngine(gallery, self.model).add(paths, given, find_moved=False)
+                if report.quarantine.refused:
+                    raise GalleryError(f"picture: {report.quarantine.refused[0][1]}")
                 return [int(gallery.ids_of([str(path)])[0]) for path in paths]
             except BaseException:
                 for path in paths:
@@ -270,6 +277,13 @@ class SearchService:
             else:
                 for row, answer in zip(rows, answers, strict=True):
                     searches[row].answer.set_result(answer)
+
+
+def _kept(facts: Facts, item: Item | None) -> Facts:
+    """Facts that are given, and for what is not those of the picture's item."""
+    if item is None:
+        return facts
+    return Facts(item.caption if facts.caption is None else facts.caption, facts.metadata or item.metadata)
 
 
 def _settle(answer: Future[Any], function: Callable[[], Any]) -> None:

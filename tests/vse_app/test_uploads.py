@@ -4,7 +4,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from served import COMMENT, MAKER, Place, is_bare, jpeg, pixels
 
 from index.errors import GalleryError
@@ -43,6 +43,38 @@ def test_large_uploads_are_shrunk(place: Place, service: SearchService) -> None:
     (kept,) = place.gallery.joinpath("uploads").iterdir()
     with Image.open(kept) as image:
         assert image.size == (1600, 400)
+
+
+@pytest.mark.parametrize(
+    ("again", "expected"),
+    [
+        (Facts(), Facts("a cat", {"year": 2019})),
+        (Facts("a dog"), Facts("a dog", {"year": 2019})),
+        (Facts(None, {"n": 1}), Facts("a cat", {"n": 1})),
+    ],
+)
+def test_a_picture_sent_again_keeps_what_is_not_said_anew(
+    place: Place, service: SearchService, again: Facts, expected: Facts
+) -> None:
+    ids = service.add([pixels(1)], Facts("a cat", {"year": 2019}))
+    assert service.add([pixels(1)], again) == ids
+    with Gallery.open(place.gallery) as gallery:
+        item = gallery.snapshot.item(ids[0])
+    assert Facts(item.caption, item.metadata) == expected
+
+
+def test_uploads_are_kept_in_srgb(place: Place, service: SearchService) -> None:
+    profile, sent = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), BytesIO()
+    swapped = profile.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
+    Image.new("RGB", (40, 40), (200, 90, 30)).save(sent, "PNG", icc_profile=swapped)
+    picture = read_upload(sent.getvalue())
+    service.add([picture], Facts())
+    (kept,) = place.gallery.joinpath("uploads").iterdir()
+    with Image.open(kept) as image:
+        assert "icc_profile" not in image.info
+        shown = np.asarray(image)[20, 20].astype(int)
+    assert shown[1] > shown[0] > shown[2]  # red and green have changed places
+    assert np.abs(shown - np.asarray(picture)[20, 20]).max() <= 3
 
 
 def test_what_could_not_be_added_is_not_kept(
