@@ -127,9 +127,10 @@ def attack(service: Any, wanted: threading.Event, steps: list[int]) -> None:
 
     wanted.wait()
     target = service.call(AttackTarget.of).result()
-    image, request = decode(Path(target.items[0].path)), AttackRequest("query-image", "linf", 2 / 255, ATTACK_STEPS)
+    key, item = next(target.gallery.items())
+    image, request = decode(Path(item.path)), AttackRequest("query-image", "linf", 2 / 255, ATTACK_STEPS)
     while wanted.wait():
-        for news in run(target, image, request, int(target.ids[0])):
+        for news in run(target, image, request, key):
             steps[0] += isinstance(news, Progress)
             if not wanted.is_set():
                 break

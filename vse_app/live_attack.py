@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -103,7 +103,7 @@ def run(
     request: AttackRequest,
     own: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Iterator[Progress | Outcome]:
+) -> Generator[Progress | Outcome, None, None]:
     """Attack a picture; closing the generator stops the attack within a step.
 
     Args:
@@ -203,15 +203,15 @@ def _attack(
         adversarial=_picture(saved[0]),
         difference=_picture(((0.5 + 10 * change).clamp(0, 1) * 255).to(torch.uint8)),
         spectrum=_spectrum(change),
-        among=len(case.texts),
+        among=len(case.ids),
         rank_before=_rank(case, clean),
         rank_after=rank_after,
         rank_after_8bit=rank_8bit,
         reached=bool(attacked.done[0]),
         survives_8bit=rank_8bit <= rank_after if lifted else rank_8bit >= rank_after,
         norms={one.name: float(one.measure(change[None])) for one in (LINF, L2, L1)},
-        before=_first(case, before, after, before[1]),
-        after=_first(case, before, after, after[1]),
+        before=_first(target, case, before, after, before[1]),
+        after=_first(target, case, before, after, after[1]),
         curve=tuple(zip(curve.epsilons, worst.tolist(), strict=True)),
         seconds=time.perf_counter() - started,
     )
@@ -222,6 +222,7 @@ def _rank(case: Case, embedding: Tensor) -> int:
 
 
 def _first(
+    target: AttackTarget,
     case: Case,
     before: tuple[NDArray[np.float32], NDArray[np.int64]],
     after: tuple[NDArray[np.float32], NDArray[np.int64]],
@@ -230,7 +231,7 @@ def _first(
     return tuple(
         Ranked(
             id=int(case.ids[n]),
-            text=case.texts[n],
+            text=target.name(int(case.ids[n])),
             before=int(before[1][n]),
             after=int(after[1][n]),
             score_before=float(before[0][n]),

@@ -9,13 +9,17 @@ from threading import enumerate as enumerate_threads
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from index.errors import ModelError
+from index.gallery import Gallery
+from index.items import Item
 from training.data.text import WordTokenizer
 from training.errors import InputError
 from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from training.models.dual_encoder import DualEncoder
-from vse_app import attack_case
+from vse_app import attack_case, live_attack
 from vse_app.attack_case import THREATS, AttackRequest, AttackTarget
 from vse_app.live_attack import Outcome, Progress, run
 from vse_app.queries import Query
@@ -190,13 +194,49 @@ def test_the_model_stays_as_it_was(engine: SearchEngine) -> None:
 def test_of_many_captions_some_are_ranked_and_always_the_own(
     engine: SearchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attack_case, "MOST_CAPTIONS", 4)
-    drawn = AttackTarget.of(engine).captions[0]
-    assert drawn == [0, 3, 6, 9]
+    monkeypatch.setattr(attack_case, "MOST_RANKED", 4)
+    drawn = AttackTarget.of(engine).captions[0].tolist()
+    assert drawn == [1, 4, 7, 10]
     for item in (4, 5):
         _, found = attacked(engine, AttackRequest(epsilon=1 / 255, steps=1), item)
-        assert found.among == 4 + (item - 1 not in drawn)
+        assert found.among == 4 + (item not in drawn)
         assert item in [row.id for row in found.before if row.own]
+
+
+def test_no_more_items_are_read_than_are_ranked_or_shown(
+    engine: SearchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    items = Gallery.items
+
+    def counted(gallery: Gallery, ids: NDArray[np.int64] | None = None) -> Iterator[tuple[int, Item]]:
+        read.append(len(gallery) if ids is None else len(ids))
+        return items(gallery, ids)
+
+    monkeypatch.setattr(Gallery, "items", counted)
+    monkeypatch.setattr(attack_case, "MOST_RANKED", 3)
+    monkeypatch.setattr(live_attack, "SHOWN", 2)
+    image = picture(engine, 4)
+    for threat, own in (("query-image", 4), ("query-image", COUNT), ("query-image", None), ("gallery-owner", 4)):
+        read.clear()
+        *_, found = run(AttackTarget.of(engine), image, AttackRequest(threat, steps=1), own)
+        assert isinstance(found, Outcome)
+        assert found.among == (COUNT if threat == "gallery-owner" else found.among) <= COUNT
+        assert threat == "gallery-owner" or found.among <= 3 + 1
+        assert max(read) <= 3
+        assert sum(read) <= 3 + 1 + 2 * 2
+
+
+def test_a_target_follows_its_gallery(engine: SearchEngine) -> None:
+    target, checksum = AttackTarget.of(engine), engine.gallery.model["checksum"]
+    assert len(target.captions[0]) == COUNT - 1
+    engine.gallery.remove([4])
+    target.follow(checksum)
+    assert len(target.captions[0]) == COUNT - 2
+    with pytest.raises(InputError, match="no longer in the gallery"):
+        list(run(target, picture(engine, 5), AttackRequest(), 4))
+    with pytest.raises(ModelError):
+        target.follow("another")
 
 
 def test_closing_or_cancelling_stops_at_once(engine: SearchEngine) -> None:

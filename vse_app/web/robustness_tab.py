@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
 from html import escape
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from anyio import to_thread
+from gradio.context import Context
 from PIL import Image
 
-from index.errors import GalleryError
+from index.gallery import Gallery
 from training.data.images import decode
 from training.errors import InputError
 from vse_app import limits
@@ -19,19 +24,22 @@ from vse_app.api import Api
 from vse_app.attack_case import THREATS, AttackRequest, AttackTarget
 from vse_app.audit_summary import verdict
 from vse_app.decoding import decoding
-from vse_app.limits import Busy
 from vse_app.live_attack import Outcome, Progress, Ranked, run
 from vse_app.queries import find_item
-from vse_app.search_engine import SearchEngine
 from vse_app.web.cards import status
 from vse_app.web.charts import Series, line_chart
+from vse_app.web.page_guards import REFUSALS
 from vse_app.web.upload import Upload, read
+from vse_app.web.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     from vse_app.web.search_tab import SearchTab
 
 NORMS = {"linf": ("ℓ∞", 1 / 255), "l2": ("ℓ2", 1.0), "l1": ("ℓ1", 100.0), "fourier-linf": ("Fourier-ℓ∞", 1.0)}
 """What a norm is called, and the ε that one unit of the slider stands for."""
+MOST_WAITING, MOST_WAITING_EACH = 8, 4
+"""Attacks that run or wait, of all together and of those from one address; one runs at a time."""
+_WAIT, _UNREAD = 1.0, 20  # seconds between two looks, and messages after which nobody seems to be there
 _LARGE = 256
 _FINEST, _COARSEST = 0.125, 16
 
@@ -46,7 +54,9 @@ class RobustnessTab:
 
     def __init__(self, api: Api, audit: Path | None) -> None:
         self._api, self._model = api, _model_curve(audit)
-        self._target: tuple[Any, AttackTarget] | None = None
+        self._target: AttackTarget | None = None
+        self._line = WaitingLine(MOST_WAITING, MOST_WAITING_EACH)
+        self._page: Any = None
         gr.Markdown(
             "An attack changes each pixel by at most ε, too little to see, so that the search goes wrong. "
             "Choose a picture here, or press *Attack* below a search result."
@@ -98,6 +108,7 @@ class RobustnessTab:
     def connect(self, search: SearchTab, tabs: gr.Tabs) -> None:
         """React to the *Attack* buttons of the search tab, and to the fields of this one."""
         private: dict[str, Any] = {"api_visibility": "private"}
+        self._page = Context.root_block
         search.results.click(self._choose, None, [self.item, self.chosen, self.picture, tabs], queue=False, **private)
         self.picture.upload(lambda: (None, _chosen(None)), None, [self.item, self.chosen], queue=False, **private)
         self.threat.change(
@@ -108,9 +119,8 @@ class RobustnessTab:
         )
         given = [self.item, self.picture, self.threat, self.text, self.norm, self.epsilon, self.steps]
         shown = [self.said, self.slider, self.difference, self.spectrum, self.ranks, self.curves, self.save]
-        running = self.go.click(
-            self._attack, given, shown, concurrency_limit=1, concurrency_id="attack", show_progress="hidden", **private
-        )
+        # Not in Gradio's queue, which is one for all functions: attacks that wait there would shut out searches.
+        running = self.go.click(self._attack, given, shown, concurrency_limit=None, show_progress="hidden", **private)
         self.stop.click(lambda: status("Stopped."), None, self.said, cancels=[running], queue=False, **private)
 
     def _choose(self, event: gr.EventData) -> list[Any]:
@@ -119,41 +129,71 @@ class RobustnessTab:
         item = int(event.id)
         return [item, _chosen(item), None, gr.Tabs(selected="robustness")]
 
-    def _attack(
-        self, item: int | None, sent: str | None, threat: str, text: str, norm: str, level: float, steps: float
-    ) -> Iterator[tuple[Any, ...]]:
+    async def _attack(
+        self,
+        item: int | None,
+        sent: str | None,
+        threat: str,
+        text: str,
+        norm: str,
+        level: float,
+        steps: float,
+        request: gr.Request,
+    ) -> AsyncIterator[tuple[Any, ...]]:
         keep = (gr.skip(),) * 6
         try:
             if item is None and sent is None:
                 raise InputError("choose a picture first: press Attack below a search result, or send one")
-            request = AttackRequest(threat, norm, level * NORMS[norm][1], int(steps), (text or "").strip() or None)
-            yield status("Embedding what it is ranked among, once …"), *keep
-            target, image = self._prepare(item, sent)
-            for found in run(target, image, request, item, self._api.service.closed.is_set):
-                if isinstance(found, Progress):
-                    where = "Measuring the curve" if found.curve else f"Step {found.step} of {found.steps}"
-                    yield status(f"{where}: rank {found.rank:,}"), *keep
-                else:
-                    yield self._outcome(found, request)
-        except (InputError, GalleryError, Busy) as error:
+            asked = AttackRequest(threat, norm, level * NORMS[norm][1], int(steps), (text or "").strip() or None)
+            with self._line.place(request.client.host) as ahead:
+                while ahead():
+                    if not self._heard(request):
+                        return
+                    yield status(f"Waiting for {ahead()} other attack{'s' * (ahead() > 1)} …"), *keep
+                    await asyncio.sleep(_WAIT)
+                yield status("Embedding what it is ranked among, once …"), *keep
+                target, image = await to_thread.run_sync(self._prepare, item, sent)
+                async with aclosing(self._steps(target, image, asked, item)) as news:
+                    async for found in news:
+                        if not self._heard(request):
+                            return
+                        if isinstance(found, Progress):
+                            where = "Measuring the curve" if found.curve else f"Step {found.step} of {found.steps}"
+                            yield status(f"{where}: rank {found.rank:,}"), *keep
+                        else:
+                            yield self._outcome(found, asked)
+        except REFUSALS as error:
             yield status(self._api.line(error), "error"), *keep
 
+    async def _steps(
+        self, target: AttackTarget, image: Image.Image, request: AttackRequest, item: int | None
+    ) -> AsyncGenerator[Progress | Outcome, None]:
+        """An attack, a step at a time, in threads of its own; closing it stops the attack within a step."""
+        closed, stopped = self._api.service.closed, Event()
+        attack = run(target, image, request, item, lambda: stopped.is_set() or closed.is_set())
+        try:
+            while (found := await to_thread.run_sync(next, attack, None)) is not None:
+                yield found
+        finally:
+            stopped.set()
+            with suppress(ValueError):  # if its thread is within a step, it ends after that
+                await to_thread.run_sync(attack.close)
+
+    def _heard(self, request: gr.Request) -> bool:
+        """Whether somebody takes what is told; Gradio notices who goes, but not who never came."""
+        told = self._page._queue.pending_messages_per_session.get(request.session_hash) if self._page else None
+        return told is None or told.qsize() < _UNREAD
+
     def _prepare(self, item: int | None, sent: str | None) -> tuple[AttackTarget, Image.Image]:
-        """The gallery as it is now, prepared once for as long as it stays the same."""
-
-        def look(engine: SearchEngine) -> tuple[Any, str | None]:
-            snapshot = engine.gallery.snapshot
-            return snapshot.manifest, find_item(engine.gallery, item).path if item is not None else None
-
-        state, path = self._api.service.call(look).result()
-        if path is None:
-            image = read(sent or "")
-        else:
-            with decoding.turn():
-                image = decode(Path(path))
-        if self._target is None or self._target[0] != state:
-            self._target = state, self._api.service.call(AttackTarget.of).result()
-        return self._target[1], image
+        """The gallery as it is now, prepared once for as long as it stays the same, and the picture."""
+        if self._target is None:
+            self._target = AttackTarget(self._api.service.model, Gallery.open(self._api.service.directory))
+        self._target.follow(self._api.service.checksum)
+        if item is None:
+            return self._target, read(sent or "")
+        path = Path(find_item(self._target.gallery, item).path)
+        with decoding.turn():
+            return self._target, decode(path)
 
     def _outcome(self, found: Outcome, request: AttackRequest) -> tuple[Any, ...]:
         file = Path(self.save.GRADIO_CACHE) / f"attacked-{abs(hash((request, found.seconds))):x}.png"
