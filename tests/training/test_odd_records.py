@@ -233,6 +233,16 @@ def test_a_dedup_file_of_a_dedup_file_is_read(tmp_path: Path) -> None:
     assert (corpus.caption_ids, corpus.weights is not None and corpus.weights.tolist()) == (["all#2"], [5])
 
 
+def test_what_is_left_out_is_said_once_through_dedup_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "p.png")
+    for name in ("p.txt", "gone.txt"):
+        (tmp_path / name).write_text("a cat")
+    dedup.write(tmp_path / "1.json", f"folder:{tmp_path}", "all", {"p.png#0": 1})
+    dedup.write(tmp_path / "2.json", f"dedup:{tmp_path}/1.json", "all", {"p.png#0": 1})
+    load_corpus(f"dedup:{tmp_path}/2.json", "all")
+    assert capsys.readouterr().err.count("gone.txt") == 1
+
+
 def bars(rows: list[str]) -> str:
     return "image_name| comment_number| comment\n" + "\n".join(rows) + "\n"
 

@@ -29,10 +29,10 @@ def read(path: Path, split: str) -> Corpus:
         InputError: On bad JSON, a caption that the data does not have, a weight that is no number of pairs, or
             files that name each other.
     """
-    from training.data.formats import load_corpus  # which reads this format, too
+    from training.data.formats import read_corpus  # which reads this format, too
 
     record = _record(path)
-    corpus = load_corpus(record["data"], split)
+    corpus = read_corpus(record["data"], split)
     if split != record["split"]:
         return corpus
     index = {caption_id: number for number, caption_id in enumerate(corpus.caption_ids)}
