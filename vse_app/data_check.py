@@ -92,7 +92,10 @@ def check_data(data: str, split: str | None) -> DataReport:
     """
     report = DataReport(data)
     corpora = []
-    for name in [split] if split else available_splits(data):
+    names = [split] if split else available_splits(data)
+    if not names:
+        raise InputError(f"{data}: no images in any split; check the path")
+    for name in names:
         try:
             corpora.append(read_corpus(data, name))
         except InputError as error:

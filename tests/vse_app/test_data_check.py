@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.errors import InputError
 from vse_app.cli import main
 from vse_app.data_check import check_data
 
@@ -138,6 +139,48 @@ def test_what_a_reader_leaves_out_is_noted_once(tmp_path: Path, capsys: pytest.C
     record: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert record["notes"][0]["path"] == f"{tmp_path}/gone.txt"
     assert len(record["splits"]) == len(record["notes"]) - 1 > 1
+
+
+@pytest.mark.parametrize(
+    ("table", "told"), [("dataset_x.json", "karpathy"), ("x_caps.json", "precomputed"), ("captions.json", "coco")]
+)
+def test_data_without_a_split_are_refused(tmp_path: Path, table: str, told: str) -> None:
+    (tmp_path / table).write_text('{"images": [], "annotations": []}')
+    with pytest.raises(InputError, match="no images in any split"):
+        check_data(f"{told}:{tmp_path}", None)
+
+
+def test_pictures_behind_a_link_are_named_with_the_refusal(tmp_path: Path) -> None:
+    picture(tmp_path / "real" / "p.png", 0)
+    (tmp_path / "real" / "p.txt").write_text("a caption")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "album").symlink_to(tmp_path / "real")
+    told = (
+        f"{data}: no pictures with captions; 1 linked folder left out, as {data}/album; move what is wanted into the"
+    )
+    with pytest.raises(InputError) as refused:
+        check_data(f"folder:{data}", None)
+    assert str(refused.value).startswith(told)
+    picture(data / "q.png", 1)
+    (data / "q.txt").write_text("another caption")
+    assert any(
+        where == str(data) and "1 linked folder left out" in note
+        for where, note in check_data(f"folder:{data}", None).notes
+    )
+
+
+def test_files_of_types_that_cannot_be_read_are_counted_by_type(tmp_path: Path) -> None:
+    picture(tmp_path / "p.png", 0)
+    (tmp_path / "p.txt").write_text("a caption")
+    for name in ("a.nef", "b.NEF", "c.mov"):
+        (tmp_path / name).write_bytes(b"raw")
+    (tmp_path / "a.txt").write_text("a caption of a picture that is left out")
+    (tmp_path / "@eaDir").mkdir()
+    (tmp_path / "@eaDir" / "x.txt").write_text("no caption")
+    notes = check_data(f"folder:{tmp_path}", None).notes
+    assert (str(tmp_path), "3 files of types that cannot be read: .nef 2, .mov 1") in notes
+    assert [where for where, note in notes if "no picture of that name" in note] == [f"{tmp_path}/a.txt"]
 
 
 def test_names_that_are_no_utf8_are_checked(tmp_path: Path) -> None:

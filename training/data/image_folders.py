@@ -53,17 +53,17 @@ class Listing:
     system: Counter[str] = field(default_factory=Counter)
     links: list[Path] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """A line for each kind of thing that was passed over."""
+    def lines(self, remedy: str = "name what is wanted") -> list[str]:
+        """A line for each kind of thing that was passed over; ``remedy`` says how folders are reached."""
         lines = []
         if self.unread:
             heic = "; pip install 'vse-app[heic]' reads .heic" if ".heic" in self.unread else ""
             lines.append(f"{_count(self.unread, 'file')} of types that cannot be read: {_each(self.unread)}{heic}")
         if self.system:
-            lines.append(f"{_count(self.system, 'system folder')} left out: {_each(self.system)}; name what is wanted")
+            lines.append(f"{_count(self.system, 'system folder')} left out: {_each(self.system)}; {remedy}")
         if self.links:
             linked = Counter({"": len(self.links)})
-            lines.append(f"{_count(linked, 'linked folder')} left out, as {self.links[0]}; name what is wanted")
+            lines.append(f"{_count(linked, 'linked folder')} left out, as {self.links[0]}; {remedy}")
         return lines
 
 

@@ -23,7 +23,7 @@ from training.data.formats.records import (
     read_text,
     text_lines,
 )
-from training.data.image_folders import find_images
+from training.data.image_folders import SYSTEM_FOLDERS, find_images
 from training.data.images import ImageFile
 from training.errors import InputError
 
@@ -114,7 +114,9 @@ def _rows_by_picture(directory: Path, notes: list[str]) -> dict[Path, list[_Row]
         raise InputError(f"{directory}: both captions.csv and captions.jsonl; keep one")
     listing = find_images([directory])
     on_disk = listing.files
-    notes += [*(f"{path}: {reason}" for path, reason in listing.refused), *listing.lines()]
+    passed_over = listing.lines("move what is wanted into the data's folder")
+    notes += [f"{path}: {reason}" for path, reason in listing.refused]
+    notes += [f"{directory}: {line}" for line in passed_over]
     malformed: list[str] = []
     if not tables:
         rows, folders = _sidecars(directory, on_disk, notes), [directory]
@@ -144,6 +146,8 @@ def _rows_by_picture(directory: Path, notes: list[str]) -> dict[Path, list[_Row]
         raise InputError(f"{malformed[0]} ({len(malformed)} such rows)")
     if alone:
         raise InputError(f"{alone[0]}: no caption ({len(alone)} such pictures); caption it or remove it")
+    if not rows_of:
+        raise InputError("; ".join([f"{directory}: no pictures with captions", *passed_over]))
     notes += [f"{line}; left out" for line in malformed]
     return rows_of
 
@@ -237,5 +241,6 @@ def _sidecars(directory: Path, pictures: list[Path], notes: list[str]) -> Iterat
             if line.strip():
                 yield _Row(f"{sidecar}: line {number}", picture, line.strip())
     for path in sorted(unused):
-        if not any(part.startswith(".") for part in path.relative_to(directory).parts):
+        parts = path.relative_to(directory).parts
+        if not any(part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in parts):
             notes.append(f"{path}: no picture of that name can be read; left out")
