@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +25,8 @@ _SCHEMA = (
     "CREATE TABLE items (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, caption TEXT, size INTEGER NOT NULL, "
     "mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL, metadata TEXT NOT NULL)"
 )
+_INSIDE = "<gallery>/"
+"""Begins the stored path of a file in the gallery's own directory, which may be moved."""
 _MEND = "restore it or build the gallery again"
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # as JSON writes it
 _SYSTEM = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH}
@@ -37,7 +41,7 @@ class Item:
     """A file whose vector a gallery holds.
 
     Attributes:
-        path: Where the file is; the natural key of an item.
+        path: Where the file is; the natural key of an item. What lies in the gallery's directory moves with it.
         caption: A sentence that describes it, if there is one.
         size: The file's size in bytes.
         mtime_ns: Its time of last change, in nanoseconds since the epoch.
@@ -96,7 +100,7 @@ def write_items(path: Path, items: Sequence[Item], ids: NDArray[np.int64]) -> No
         GalleryError: If an item cannot be stored, see :func:`check_item`.
     """
     with _new_table(path) as table:
-        _insert(table, zip(ids.tolist(), items, strict=True))
+        _insert(table, _gallery(path), zip(ids.tolist(), items, strict=True))
 
 
 def merge_items(
@@ -121,7 +125,7 @@ def merge_items(
             table.execute("COMMIT")
             table.execute("DETACH source")
             table.execute("BEGIN")
-        _insert(table, (changed or {}).items())
+        _insert(table, _gallery(path), (changed or {}).items())
 
 
 class ItemFile:
@@ -133,6 +137,7 @@ class ItemFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._gallery = _gallery(path)
         with self._damage_reported():
             self._db = sqlite3.connect(
                 f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
@@ -154,7 +159,7 @@ class ItemFile:
 
     def ids_of(self, paths: Sequence[str]) -> NDArray[np.int64]:
         """Ids of those paths that are here, int64, in no particular order."""
-        return self._ids(f"path IN {_GIVEN}", [json.dumps(paths)])
+        return self._ids(f"path IN {_GIVEN}", [self._stored(paths)])
 
     def ids_of_sizes(self, sizes: Collection[int]) -> NDArray[np.int64]:
         """Ids of the items whose files had so many bytes, int64, in no particular order."""
@@ -166,6 +171,8 @@ class ItemFile:
 
     def ids_below(self, folders: Sequence[str]) -> NDArray[np.int64]:
         """Ids of the items in these folders or below, int64, in no particular order."""
+        inside = [_INSIDE] if any(self._gallery.startswith(f"{folder.rstrip('/')}/") for folder in folders) else []
+        folders = [*folders, *inside, *(_stored(folder, self._gallery) for folder in folders)]
         # The index of paths serves this range: after the slash comes the zero.
         where = "path >= json_extract(?1, '$[0]') AND path < json_extract(?1, '$[1]')"
         ranges = (json.dumps([f"{folder.rstrip('/')}{end}" for end in "/0"]) for folder in folders)
@@ -209,8 +216,9 @@ class ItemFile:
     def facts(self, paths: Sequence[str] | None = None) -> Iterator[tuple[int, str, int, int]]:
         """Id, path, size and time of change of every item in order of id, or of those paths that are here."""
         wanted = "ORDER BY id" if paths is None else f"WHERE path IN {_GIVEN}"
-        given = [] if paths is None else [json.dumps(paths)]
-        return self._rows(f"SELECT id, path, size, mtime_ns FROM items {wanted}", given)
+        given = [] if paths is None else [self._stored(paths)]
+        for key, path, *state in self._rows(f"SELECT id, path, size, mtime_ns FROM items {wanted}", given):
+            yield key, _absolute(path, self._gallery), *state
 
     def check(self) -> None:
         """Read everything once.
@@ -227,14 +235,18 @@ class ItemFile:
     def _item(self, key: int, *facts: Any) -> Item:
         """SQLite does not hold columns to their types, so a file from elsewhere may have anything in them."""
         try:
-            *plain, metadata = facts
-            item = Item(*plain, json.loads(metadata))  # type: ignore[call-arg]
+            path, *plain, metadata = facts
+            item = Item(_absolute(path, self._gallery), *plain, json.loads(metadata))  # type: ignore[call-arg]
         except (TypeError, ValueError, RecursionError) as error:
             raise GalleryError(f"{self.path}: id {key}: {error}; {_MEND}") from error
         if strange := _strange(item):
             raise GalleryError(f"{self.path}: id {key}: is no item, {strange}; {_MEND}")
         _check_path(item.path)
         return item
+
+    def _stored(self, paths: Sequence[str]) -> str:
+        """Paths as they may be stored, as a JSON array; earlier versions wrote the whole path of every file."""
+        return json.dumps([*paths, *(_stored(path, self._gallery) for path in paths)])
 
     def _ids(self, where: str, parameters: Sequence[str | float]) -> NDArray[np.int64]:
         found = self._rows(f"SELECT id FROM items WHERE {where}", parameters)
@@ -279,11 +291,25 @@ def _new_table(path: Path) -> Iterator[sqlite3.Connection]:
         table.execute("COMMIT")
 
 
-def _insert(table: sqlite3.Connection, items: Iterable[tuple[int, Item]]) -> None:
-    rows = (
-        (key, item.path, item.caption, item.size, item.mtime_ns, item.sha256, check_item(item)) for key, item in items
-    )
-    table.executemany(f"INSERT INTO items ({_ITEM}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+def _insert(table: sqlite3.Connection, gallery: str, items: Iterable[tuple[int, Item]]) -> None:
+    def row(key: int, item: Item) -> tuple[object, ...]:
+        metadata = check_item(item)
+        return key, _stored(item.path, gallery), item.caption, item.size, item.mtime_ns, item.sha256, metadata
+
+    table.executemany(f"INSERT INTO items ({_ITEM}) VALUES (?, ?, ?, ?, ?, ?, ?)", starmap(row, items))
+
+
+def _gallery(path: Path) -> str:
+    """The directory of the gallery that a file of items belongs to, with a slash behind it."""
+    return f"{os.path.realpath(path.parents[2]).rstrip('/')}/"
+
+
+def _stored(path: str, gallery: str) -> str:
+    return f"{_INSIDE}{path.removeprefix(gallery)}" if path.startswith(gallery) else path
+
+
+def _absolute(path: Any, gallery: str) -> Any:
+    return f"{gallery}{path.removeprefix(_INSIDE)}" if isinstance(path, str) and path.startswith(_INSIDE) else path
 
 
 def _strange(item: Item) -> str | None:

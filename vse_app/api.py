@@ -160,7 +160,7 @@ class Api:
         """As JPEG, drawn anew from the pixels; never the file itself."""
         item = await self._item(id)
         try:
-            content = await to_thread.run_sync(self._draw, Path(item.path), side, limiter=self._drawing)
+            content = await to_thread.run_sync(self._draw, self.service.file_of(item), side, limiter=self._drawing)
         except InputError as error:  # which would tell where the file is
             raise Refused(404, f"item {id}: its file is gone or no picture any more; remove the item") from error
         return Response(content, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})

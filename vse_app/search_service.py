@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from vse_app.latency import Latency
 from vse_app.limits import Busy
 from vse_app.queries import Options, Query, check_text, told
 from vse_app.search_engine import Facts, Result, SearchEngine
-from vse_app.uploads import keep_upload
+from vse_app.uploads import current_upload, keep_upload, tidy_uploads
 
 TOGETHER = 32
 """So many queries are embedded and searched for together at most."""
@@ -91,6 +92,7 @@ class SearchService:
         self.checksum = self._engine.gallery.model.get("checksum", "")
         self._follow()
         self._changing, self._asking = Lock(), Lock()
+        self._tidy = False
         self.closed = Event()
         self._asked: Queue[_Search | _Call | None] = Queue(WAITING)
         self._thread = Thread(target=self._work, name="search", daemon=True)
@@ -149,8 +151,7 @@ class SearchService:
         """
         if facts.caption is not None:
             check_text("caption", facts.caption, limits.TEXT)
-        with self._changing, Gallery.open(self.directory, writable=True) as gallery:
-            gallery.check_model(self.checksum)
+        with self._writing() as gallery:
             paths: list[Path] = []
             try:
                 for picture in pictures:
@@ -173,14 +174,31 @@ class SearchService:
         Raises:
             GalleryError: As :meth:`add`, or if the gallery was made anew with another model: ids are others by then.
         """
-        with self._changing, Gallery.open(self.directory, writable=True) as gallery:
-            gallery.check_model(self.checksum)
+        with self._writing() as gallery:
             paths = [Path(item.path) for _, item in gallery.items(np.array(sorted(set(ids)), np.int64))]
             count = gallery.remove(ids)
             for path in paths:
                 if path.parent == self.uploads.resolve():
                     path.unlink(missing_ok=True)
         return count
+
+    def file_of(self, item: Item) -> Path:
+        """The file of an item, also where a gallery of an earlier version was moved."""
+        return current_upload(Path(item.path), self.uploads)
+
+    def tidy(self) -> None:
+        """Clear up after a server that was killed, unless another program is writing to the gallery just now."""
+        with suppress(GalleryError), self._writing():
+            pass
+
+    @contextmanager
+    def _writing(self) -> Iterator[Gallery]:
+        with self._changing, Gallery.open(self.directory, writable=True) as gallery:
+            gallery.check_model(self.checksum)
+            if not self._tidy:
+                tidy_uploads(gallery, self.uploads)
+                self._tidy = True
+            yield gallery
 
     def close(self) -> None:
         """Answer what is waiting, then close the gallery."""

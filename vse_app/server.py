@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from training.errors import InputError
 from vse_app.api import MAX_BODY, Api
 from vse_app.http_guards import Guards
+from vse_app.scratch_folder import scratch_folder
 from vse_app.search_service import SearchService
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -117,9 +117,11 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     with (
         _listen(serving.host, serving.port) as listener,
-        tempfile.TemporaryDirectory(prefix="vse-serve-") as scratch,
+        scratch_folder() as scratch,
         SearchService(serving.gallery, bfloat16=serving.bfloat16) as service,
     ):
+        if not serving.read_only:
+            service.tidy()
         os.environ["GRADIO_TEMP_DIR"] = scratch  # what is uploaded to the page goes with the server at the latest
         app = create_app(service, serving)
         if serving.host in LOOPBACK[:2]:  # or a page elsewhere could name its own address ours, and read everything

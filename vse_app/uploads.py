@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from index.gallery import Gallery
 from training.data.images import decode_bytes
 from training.errors import InputError
-from training.files import replacing
+from training.files import recover, replacing, sync
 from vse_app.decoding import decoding
 
 MAX_BYTES = 20_000_000
@@ -25,6 +29,7 @@ SIDE = 1600
 """Longer pictures are shrunk to this when kept: far more than any image tower looks at."""
 MOST_NESTED = 32
 """Levels of metadata; SQLite, which reads it for every condition, stops at 1000."""
+_KEPT = re.compile(r"[0-9a-f]{24}\.jpg")
 
 
 def read_upload(data: bytes, name: str = "picture") -> Image.Image:
@@ -71,12 +76,47 @@ def keep_upload(image: Image.Image, folder: Path) -> Path:
         OSError: If the disk is full.
     """
     encoded = to_jpeg(image, quality=95)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(encoded).hexdigest()[:24]}.jpg"
-    if not path.exists():
+    if path.exists():
+        sync(folder)  # whoever wrote it may have been killed before this
+    else:
         with replacing(path) as temporary:
             temporary.write_bytes(encoded)
     return path
+
+
+def current_upload(path: Path, folder: Path) -> Path:
+    """Where a picture of :func:`keep_upload` is, also if its gallery was moved or copied and does not know yet."""
+    here = folder / path.name
+    return here if _KEPT.fullmatch(path.name) and path.parent.name == folder.name and here.exists() else path
+
+
+def tidy_uploads(gallery: Gallery, folder: Path) -> None:
+    """Delete pictures that a killed server kept and did not add, and let items know where theirs were moved to.
+
+    Args:
+        gallery: Open for writing.
+        folder: The folder given to :func:`keep_upload`.
+
+    Raises:
+        GalleryError: If the disk is full.
+    """
+    folder = folder.resolve()
+    recover(folder)
+    orphans = {path for path in folder.glob("*.jpg") if _KEPT.fullmatch(path.name)}
+    moved: dict[Path, int] = {}
+    if orphans:
+        for key, known in gallery.snapshot.paths():
+            path = current_upload(Path(known), folder)
+            orphans.discard(path)
+            if str(path) != known:
+                moved[path] = key
+    if moved:
+        now = {key: str(path) for path, key in moved.items()}
+        items = gallery.items(np.array(sorted(now), np.int64))
+        gallery.update({key: replace(item, path=now[key]) for key, item in items})
+    for path in orphans:
+        path.unlink(missing_ok=True)
 
 
 def to_jpeg(image: Image.Image, quality: int = 85) -> bytes:

@@ -191,7 +191,7 @@ class RobustnessTab:
         self._target.follow(self._api.service.checksum)
         if item is None:
             return self._target, read(sent or "")
-        path = Path(find_item(self._target.gallery, item).path)
+        path = self._api.service.file_of(find_item(self._target.gallery, item))
         with decoding.turn():
             return self._target, decode(path)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from html import escape
-from pathlib import Path
 
 from anyio import to_thread
 from PIL import Image
@@ -56,7 +55,7 @@ def _html(api: Api, record: Record, text: str) -> str:
     item = api.service.call(lambda engine: find_item(engine.gallery, record["id"])).result()
     with _explaining.turn():
         with decoding.turn():
-            picture = decode(Path(item.path))
+            picture = decode(api.service.file_of(item))
         found = explain(api.service.model, picture, text)
     largest = max(1e-9, float(abs(found.word_weights).max()))
     buttons = [_button(-1, "all words", "true", 0.0, "the whole text")]
