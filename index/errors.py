@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sqlite3
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -29,11 +30,25 @@ def remedy(error: Exception, absent: str) -> str:
     return absent if number in _ABSENT else _REMEDIES.get(number or 0, "try again")
 
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text in one line for a terminal: what moves the cursor, colours or turns a line around becomes an escape.
+
+    A file may be called anything. Written as it is, its name could forge a line of a report.
+    """
+    return _UNPRINTABLE.sub(lambda letter: letter[0].encode("unicode_escape").decode(), text)
+
+
 class GalleryError(ValueError):
     """A gallery, an index or what was given to it cannot be used.
 
     The message is a single line that names the file, the record and the mend.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ModelError(GalleryError):

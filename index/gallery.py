@@ -8,7 +8,7 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -166,6 +166,15 @@ class Gallery:
                 f"{self.directory}: its vectors come from {self.model.get('name')!r} as it was then, not from "
                 "this model; use that one, or build a new gallery with this one"
             )
+
+    def rename_model(self, name: str) -> None:
+        """Say where the model is now; its checksum stays.
+
+        Raises:
+            GalleryError: If the gallery is open for reading, or the disk is full.
+        """
+        with self._change():
+            self._commit(replace(self.snapshot.manifest, model={**self.model, "name": name}))
 
     def add(self, items: Sequence[Item], vectors: NDArray[np.float32]) -> NDArray[np.int64]:
         """Add items, replacing those with the same paths; on disk when this returns, or not at all.

@@ -186,7 +186,7 @@ class GradientSampling:
     def chunks(self, items: Labels) -> Iterator[Labels]:
         """So many items at a time as fit in memory, with a progress bar."""
         chunks = np.array_split(items, math.ceil(len(items) / CHUNK))
-        yield from tqdm(chunks, desc="gradients", unit="batch", delay=2, leave=False)
+        yield from tqdm(chunks, desc="gradients", unit="batch", delay=2, leave=False, disable=None)
 
     def gradients(self, items: Labels, negatives: Labels) -> tuple[Tensor, Tensor]:
         """:meth:`fresh_gradients` of any number of items."""

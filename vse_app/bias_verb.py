@@ -30,7 +30,7 @@ def _bias(args: argparse.Namespace) -> None:
     from training.robustness.linear.study import QUICK, Study, StudyConfig
     from vse_app.bias_report import format_study, write_figures
     from vse_app.figures import require_matplotlib
-    from vse_app.index_verb import progress_bar
+    from vse_app.terminal import progress_bar
 
     if not args.no_plot:
         require_matplotlib()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -11,12 +12,20 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
+from training.errors import InputError, printable
 from vse_app import audit_verb, bias_verb, harden_verb, index_verb, search_verb, serve_verb
+from vse_app.terminal import number, path, print_json, settle_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, run the verb, and end with status 2 and one line on bad input."""
+    """Parse the command line, run the verb, and end with one line on stderr whatever goes wrong.
+
+    Bad input and files that cannot be used end with status 2, a fault of the program with status 1; with
+    ``VSE_DEBUG=1`` that keeps its trace.
+    """
+    settle_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("faiss", "httpx", "huggingface_hub", "mcp", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -29,30 +38,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         run(args, rest) if run is _train else run(args)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("vse: interrupted")
     except BrokenPipeError:  # `vse search … | head`; what is left in the buffer must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _refuse(f"{where}{error.strerror or error}; what was there before is unchanged")
-    except ValueError as error:
-        from index.errors import GalleryError
-        from training.errors import InputError
-
-        if not isinstance(error, InputError | GalleryError):
-            raise
-        _refuse(str(error))
+    except Exception as error:
+        _end(error)
 
 
-def _refuse(message: str) -> None:
-    print(f"vse: {message}", file=sys.stderr)
-    sys.exit(2)
+_REMEDIES = {
+    errno.ENOSPC: "make room and try again",
+    errno.EDQUOT: "make room and try again",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose a place that can be written",
+    errno.EMFILE: "allow more open files with ulimit -n",
+    errno.ENFILE: "close other programs",
+}
+
+
+def _end(error: Exception) -> None:
+    from index.errors import GalleryError
+
+    if isinstance(error, InputError | GalleryError):
+        message, status = str(error), 2
+    elif isinstance(error, OSError) and error.errno:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        message, status = f"{where}{error.strerror}; {_REMEDIES.get(error.errno, 'check the path')}", 2
+    elif os.environ.get("VSE_DEBUG"):
+        raise error
+    else:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        message, status = f"{what} (a fault of this program; VSE_DEBUG=1 shows where)", 1
+    print(f"vse: {printable(message)}", file=sys.stderr)
+    sys.exit(status)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for all bad input."""
+        print(f"vse: {printable(message)}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vse",
         description="Match photographs and sentences: train with hard negatives, index, search.",
         epilog="Data is named KIND:PATH (karpathy:DIR, coco:DIR, precomputed:DIR, folder:DIR, dedup:FILE, scenes:N). "
@@ -61,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     verb = verbs.add_parser("demo", help="the whole story on the built-in data, in a few minutes")
-    verb.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
+    verb.add_argument("--out", type=path, default=Path("demo"), help="folder for everything (default: demo)")
     verb.add_argument("--scenes", type=int, default=6000, help="number of generated pictures")
     verb.add_argument("--no-browser", action="store_true", help="for scripts: end without serving the page")
     verb.set_defaults(run=_demo)
@@ -74,23 +106,25 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="machine-readable")
     check.set_defaults(run=_data_check)
     scenes = kinds.add_parser("scenes", help="write the built-in data set as files")
-    scenes.add_argument("out", type=Path, help="folder to write")
+    scenes.add_argument("out", type=path, help="folder to write")
     scenes.add_argument("--count", type=int, default=6000, help="number of pictures")
     scenes.add_argument("--seed", type=int, default=0)
     scenes.set_defaults(run=_data_scenes)
     vocab = kinds.add_parser("vocab", help="print the word vocabulary of the training split")
     vocab.add_argument("data", help="KIND:PATH")
     vocab.add_argument("--split", default="train")
-    vocab.add_argument("--min-count", type=int, default=4)
+    vocab.add_argument("--min-count", type=number(int, 1), default=4)
     vocab.set_defaults(run=_data_vocab)
 
     verb = verbs.add_parser("features", help="compute image features once, as a precomputed: data set")
     verb.add_argument("data", help="KIND:PATH")
     verb.add_argument("--image-encoder", required=True, help="torchvision:NAME or hf:REPO_OR_DIR")
     verb.add_argument("--pooling", default="mean", choices=["mean", "max", "mean+max"])
-    verb.add_argument("--size", type=int, default=0, help="input side in pixels (default: the encoder's own)")
+    verb.add_argument(
+        "--size", type=number(int, 0), default=0, help="input side in pixels (default: the encoder's own)"
+    )
     verb.add_argument("--splits", nargs="+", default=["train", "val"])
-    verb.add_argument("--out", type=Path, required=True)
+    verb.add_argument("--out", type=path, required=True)
     verb.set_defaults(run=_features)
 
     verb = verbs.add_parser(
@@ -105,24 +139,26 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("model", help="run directory or hub name")
     verb.add_argument("--data", required=True, help="KIND:PATH")
     verb.add_argument("--split", default="test")
-    verb.add_argument("--folds", type=int, default=None, help="average over contiguous folds, e.g. 5 for COCO 1K")
+    verb.add_argument(
+        "--folds", type=number(int, 1), default=None, help="average over contiguous folds, e.g. 5 for COCO 1K"
+    )
     verb.add_argument(
         "--ties",
         default="pessimistic",
         choices=["pessimistic", "expected", "optimistic"],
         help="equal scores count against the model (default), in random order (exact means), or for it",
     )
-    verb.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures; - prints them")
-    verb.add_argument("--worst", type=int, default=0, metavar="N", help="also print the N worst queries")
+    verb.add_argument("--json", type=path, default=None, metavar="FILE", help="write the figures; - prints them")
+    verb.add_argument("--worst", type=number(int, 0), default=0, metavar="N", help="also print the N worst queries")
     verb.set_defaults(run=_evaluate)
 
     verb = verbs.add_parser("variance", help="is the training data redundant, and which sampler would gain by it?")
-    verb.add_argument("directory", metavar="RUN", type=Path, help="run directory; its training is replayed")
+    verb.add_argument("directory", metavar="RUN", type=path, help="run directory; its training is replayed")
     verb.add_argument("--data", default=None, help="KIND:PATH (default: the run's own)")
     verb.add_argument("--epochs", type=int, default=None, help="replay so many (default: all; 0: before training)")
     verb.add_argument("--draws", type=int, default=200, help="batches of each sampler per measurement (default: 200)")
-    verb.add_argument("--out", type=Path, default=None, help="folder for figures and JSON (default: RUN/variance)")
-    verb.add_argument("--dedup", type=Path, default=None, metavar="FILE", help="write the data without its copies")
+    verb.add_argument("--out", type=path, default=None, help="folder for figures and JSON (default: RUN/variance)")
+    verb.add_argument("--dedup", type=path, default=None, metavar="FILE", help="write the data without its copies")
     verb.add_argument("--tolerance", type=float, default=1e-3, help="how much copies may differ (default: 0.001)")
     verb.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     verb.set_defaults(run=_variance)
@@ -148,7 +184,10 @@ def _data_check(args: argparse.Namespace) -> None:
     from vse_app.data_check import check_data
 
     report = check_data(args.data, args.split)
-    print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
+    if args.json:
+        print_json(report.to_json())
+    else:
+        print(report.text())
     if report.problems:
         sys.exit(2)
 
@@ -221,7 +260,6 @@ def _variance(args: argparse.Namespace) -> None:
 
     from training.config import read_toml
     from training.data.formats import dedup
-    from training.errors import InputError
     from vse_app import variance_report as report
     from vse_app.figures import require_matplotlib
     from vse_app.gradient_study import GradientStudy

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     from training.robustness.linear.retrieval_heads import ATTACK_OF_PENALTY, evaluate_head
     from vse_app import harden_report as report
     from vse_app.figures import require_matplotlib
-    from vse_app.index_verb import progress_bar
+    from vse_app.terminal import progress_bar
 
     if not args.no_plot:
         require_matplotlib()

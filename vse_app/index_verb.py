@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
+
+from vse_app.terminal import number, path, print_json, progress_bar
 
 if TYPE_CHECKING:
     from vse_app.indexing import AddReport
@@ -20,34 +20,36 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def add_parser(verbs: Any) -> None:
     """Add the verb to the program's subparsers."""
     verb = verbs.add_parser("index", help="a searchable gallery of pictures")
-    verb.add_argument("gallery", type=Path)
+    verb.add_argument("gallery", type=path)
     actions = verb.add_subparsers(metavar="add|remove|info|tune|verify|compact|export|import", required=True)
 
     add = _action(actions, "add", _add, "index pictures from files and folders", dry_run=True)
-    add.add_argument("paths", type=Path, nargs="+")
-    add.add_argument("--model", type=Path, default=None, help="run directory or hub name; needed once")
+    add.add_argument("paths", type=path, nargs="+")
+    add.add_argument("--model", type=path, default=None, help="run directory or hub name; needed once")
     add.add_argument(
-        "--facts", type=Path, default=None, metavar="FILE", help="CSV or JSON lines: image, caption, other fields"
+        "--facts", type=path, default=None, metavar="FILE", help="CSV or JSON lines: image, caption, other fields"
     )
     add.add_argument("--force", action="store_true", help="compare contents even where size and time are the same")
     remove = _action(actions, "remove", _remove, "take pictures out of the gallery; the files stay", dry_run=True)
-    remove.add_argument("paths", type=Path, nargs="*", help="files, and folders with all that is below")
+    remove.add_argument("paths", type=path, nargs="*", help="files, and folders with all that is below")
     remove.add_argument("--missing", action="store_true", help="all whose files are gone")
     where_option(remove)
     _action(actions, "info", _info, "what the gallery holds and how it is searched")
     tune = _action(actions, "tune", _tune, "make searching fast at a measured recall", dry_run=True)
     tune.add_argument("--queries", default=None, help="captions as KIND:PATH, texts (.txt), vectors (.npy)")
     tune.add_argument("--split", default="val", help="of the captions (default: val)")
-    tune.add_argument("--target-recall", type=float, default=0.98, help="share of the true nearest (default: 0.98)")
+    tune.add_argument(
+        "--target-recall", type=number(float, 0, 1), default=0.98, help="share of the true nearest (default: 0.98)"
+    )
     tune.add_argument("--memory", type=_bytes, default=None, help="largest index, e.g. 500MB (default: no limit)")
-    tune.add_argument("-k", type=int, default=10, help="results per query to be found (default: 10)")
+    tune.add_argument("-k", type=number(int, 1), default=10, help="results per query to be found (default: 10)")
     _action(actions, "verify", _verify, "read every byte and compare checksums; status 1 if something is wrong")
     _action(actions, "compact", _compact, "give back the space of what was removed", dry_run=True)
     export = _action(actions, "export", _export, "vectors as .npy and items as Parquet", dry_run=True)
-    export.add_argument("out", type=Path, help="a new folder, in clip-retrieval's layout")
+    export.add_argument("out", type=path, help="a new folder, in clip-retrieval's layout")
     imported = _action(actions, "import", _import, "add vectors made elsewhere", dry_run=True)
-    imported.add_argument("source", type=Path, help="clip-retrieval's folder, a .npy file, or ann-benchmarks' .hdf5")
-    imported.add_argument("--model", type=Path, default=None, help="what embedded them, to search by text or picture")
+    imported.add_argument("source", type=path, help="clip-retrieval's folder, a .npy file, or ann-benchmarks' .hdf5")
+    imported.add_argument("--model", type=path, default=None, help="what embedded them, to search by text or picture")
 
 
 def _action(
@@ -221,7 +223,7 @@ def _verify(args: argparse.Namespace) -> None:
 
     from index.verification import verify
 
-    with tqdm(desc="verify", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+    with tqdm(desc="verify", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
         def advance(step: int, total: int) -> None:
             bar.total = total
@@ -321,29 +323,5 @@ def _identity(model: Path) -> dict[str, str]:
     return identity(model, DualEncoder.from_pretrained(model))
 
 
-@contextmanager
-def progress_bar(unit: str = "vector") -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that begins anew with each stage."""
-    from tqdm import tqdm
-
-    with tqdm(unit=unit, unit_scale=True, leave=False, disable=None) as bar:  # no bar in a pipe
-        shown = ""
-
-        def progress(stage: str, done: int, total: int) -> None:
-            nonlocal shown
-            if stage != shown:
-                shown = stage
-                bar.reset(total)
-                bar.set_description(stage)
-            bar.update(done - bar.n)
-
-        yield progress
-
-
 def _would(args: argparse.Namespace) -> str:
     return "would be " if args.dry_run else ""
-
-
-def print_json(record: Any) -> None:
-    """For machines."""
-    print(json.dumps(record, indent=2, ensure_ascii=False))

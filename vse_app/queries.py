@@ -163,9 +163,7 @@ def embed(
         elif query.vector is not None:
             if np.shape(query.vector) != (gallery.dim,):
                 raise InputError(f"search: a vector of shape {np.shape(query.vector)}; give ({gallery.dim},)")
-            vectors[n] = query.vector
-            if not np.isfinite(vectors[n]).all():
-                raise InputError("search: a vector that is not finite; embed it again")
+            vectors[n] = _as_embedding(query.vector, gallery.metric)
     if images:
         seen = encode_images([decode(i) if isinstance(i, Path) else i for i in images.values()])
         for n, vector in zip(images, seen, strict=True):
@@ -210,6 +208,36 @@ def find_item(gallery: Gallery, key: Any) -> Item:
     for _, item in gallery.items(np.array([check_id(key)])):
         return item
     raise InputError(f"item {key}: is no longer in the gallery; search again")
+
+
+def read_vectors(path: Path) -> NDArray[np.floating]:
+    """Vectors ``(N, D)`` of a ``.npy`` file that holds one, or one a row; not read before they are used.
+
+    Raises:
+        InputError: If it holds anything else.
+    """
+    try:
+        vectors = np.atleast_2d(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f"{path}: {reason}; give float vectors in a .npy file") from error
+    if vectors.dtype.kind != "f" or vectors.ndim != 2 or not vectors.size:
+        raise InputError(f"{path}: holds {vectors.dtype} {vectors.shape}; give float vectors, one a row")
+    return vectors
+
+
+def _as_embedding(vector: NDArray[np.floating], metric: str) -> NDArray[np.floating]:
+    """As the model would give it: finite and, for cosine, of length 1."""
+    if not np.isfinite(vector).all():
+        raise InputError("search: a vector that is not finite; embed it again")
+    if metric != "cosine":
+        return vector
+    wide = np.asarray(vector, np.float64)
+    wide = wide / (np.abs(wide).max() or 1)  # squares of large numbers overflow
+    length = float(np.linalg.norm(wide))
+    if not length:
+        raise InputError("search: a vector of zeros points nowhere; embed it again")
+    return wide / length
 
 
 def _spread(vector: NDArray[np.float32], background: NDArray[np.float32]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from index.querybank import rescore
 from index.relevance import Relevance, sample
 from index.vector_index import SearchHits
 from training.data.image_folders import Listing, find_images
+from training.data.text import WordTokenizer
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
 from vse_app import limits
@@ -76,13 +77,33 @@ class SearchEngine:
         self._sample: tuple[Manifest, NDArray[np.float32]] | None = None
 
     @classmethod
-    def open(cls, directory: Path, *, writable: bool = False, bfloat16: bool = False) -> SearchEngine:
+    def open(
+        cls, directory: Path, *, writable: bool = False, model: Path | None = None, bfloat16: bool = False
+    ) -> SearchEngine:
         """A gallery with the model named in it.
 
+        Args:
+            directory: The gallery.
+            writable: Open it for adding too.
+            model: Where its model is now, if that was moved; the gallery remembers it if it can be written.
+            bfloat16: See :class:`SearchEngine`.
+
         Raises:
-            GalleryError: If there is no gallery, it is damaged or in use.
+            GalleryError: If there is no gallery, it is damaged or in use, or the model is another one.
+            InputError: If the model cannot be loaded.
         """
-        return cls(Gallery.open(directory, writable=writable), bfloat16=bfloat16)
+        with ExitStack() as resources:
+            gallery = resources.enter_context(Gallery.open(directory, writable=writable))
+            encoder = DualEncoder.from_pretrained(model) if model else None
+            engine = cls(gallery, encoder, bfloat16=bfloat16)
+            if model and encoder:
+                with (
+                    suppress(GalleryError),
+                    nullcontext(gallery) if writable else Gallery.open(directory, writable=True) as held,
+                ):
+                    held.rename_model(identity(model, encoder)["name"])
+            resources.pop_all()
+        return engine
 
     @classmethod
     def open_or_create(cls, directory: Path, model: Path | None) -> SearchEngine:
@@ -99,6 +120,8 @@ class SearchEngine:
             with ExitStack() as resources:
                 gallery = resources.enter_context(Gallery.open(directory, writable=True))
                 engine = cls(gallery, DualEncoder.from_pretrained(model) if model else None)
+                if model:
+                    gallery.rename_model(identity(model, engine.model)["name"])
                 resources.pop_all()
             return engine
         if model is None:
@@ -230,6 +253,11 @@ class SearchEngine:
         rows: NDArray[np.float32] = self.model.encode_images(images).numpy()
         return rows
 
+    def knows_no_word(self, text: str) -> bool:
+        """Whether a vocabulary of words has none of the text's, so that its results mean nothing."""
+        tokenizer = self.model.tokenizer
+        return isinstance(tokenizer, WordTokenizer) and int(tokenizer([text])[0].max()) < len(tokenizer.SPECIALS)
+
     def search_text(self, text: str, k: int = 10) -> list[Result]:
         """The ``k`` pictures nearest to a sentence, best first."""
         return self.search([Query(text=text)], k)[0]
@@ -341,6 +369,9 @@ def load_model(gallery: Gallery) -> DualEncoder:
         InputError: If it cannot be loaded.
         GalleryError: If it is another one by now.
     """
-    model = DualEncoder.from_pretrained(gallery.model["name"])
+    try:
+        model = DualEncoder.from_pretrained(gallery.model["name"])
+    except InputError as error:
+        raise InputError(f"{error}; if the model of {gallery.directory} was moved, say where with --model") from error
     gallery.check_model(model.fingerprint())
     return model

@@ -19,6 +19,7 @@ from training.data.formats.records import text_lines
 from training.errors import InputError
 from training.models.dual_encoder import DualEncoder
 from training.models.features import encode_corpus
+from vse_app.queries import read_vectors
 
 MOST = 4000  # queries to tune on; their mean recall is known to a quarter of a percent
 _PAIRS_AT_LEAST = 100
@@ -65,10 +66,7 @@ def read_queries(
         return _found(gallery, load_model, split)
     path = Path(given)
     if path.suffix == ".npy":
-        try:
-            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: {error}; give float vectors (N, {gallery.dim})") from error
+        vectors = read_vectors(path)
         return TuningQueries(np.array(vectors[:MOST], np.float32), f"{len(vectors):,} vectors of {path.name}")
     if path.suffix == ".txt" and path.is_file():
         texts = [line for _, line in text_lines(path) if line.strip()][:MOST]

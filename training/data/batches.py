@@ -73,7 +73,7 @@ class Pixels:
         size = len(sources) * 3 * transform.size**2
         if keep and transform.augment == "none" and size <= PIXEL_MEMORY:
             kept = torch.empty((len(sources), 3, transform.size, transform.size), dtype=torch.uint8)
-            for index in tqdm(range(len(sources)), desc="decode", unit="image", delay=2, leave=False):
+            for index in tqdm(range(len(sources)), desc="decode", unit="image", delay=2, leave=False, disable=None):
                 kept[index] = self._decode(index, None)
             self._kept = kept
 

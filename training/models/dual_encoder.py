@@ -130,7 +130,7 @@ class DualEncoder(nn.Module):
         encode = tower.project if project else tower
         rows = []
         starts = range(0, len(inputs), batch_size)
-        bar = tqdm(starts, desc=f"encode {side}s", unit="batch", delay=2, leave=False, disable=len(starts) < 2)
+        bar = tqdm(starts, desc=f"encode {side}s", unit="batch", delay=2, leave=False, disable=len(starts) < 2 or None)
         with evaluating(self):
             for start in bar:
                 chosen = np.arange(start, min(start + batch_size, len(inputs)))

@@ -80,7 +80,10 @@ def cached_features(
     offsets = np.concatenate([[0], lengths.cumsum()]) if ragged else np.arange(len(lengths) + 1)
     starts = [*range(0, len(inputs), CHUNK), len(inputs)]
     make_directory(directory)
-    with (directory / LOCK).open("ab") as lock, tqdm(total=len(inputs), desc=label, unit="row", delay=2) as bar:
+    with (
+        (directory / LOCK).open("ab") as lock,
+        tqdm(total=len(inputs), desc=label, unit="row", delay=2, disable=None) as bar,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         store = FeatureStore(directory, offsets[starts].tolist())
         while store.missing:

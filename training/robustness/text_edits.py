@@ -151,7 +151,7 @@ def _sample(edits: list[_Edit], limit: int, random: Random) -> list[_Edit]:
 
 def _score(margins: Margins, texts: list[str], rows: list[int], label: str) -> NDArray[np.float64]:
     values = np.empty(len(texts))
-    for first in tqdm(range(0, len(texts), BATCH_TEXTS), desc=label, unit="batch", delay=2, leave=False):
+    for first in tqdm(range(0, len(texts), BATCH_TEXTS), desc=label, unit="batch", delay=2, leave=False, disable=None):
         part = slice(first, first + BATCH_TEXTS)
         scored = np.asarray(margins(texts[part], np.array(rows[part], dtype=np.int64)))
         if scored.shape != values[part].shape or np.isnan(scored).any():

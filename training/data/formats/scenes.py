@@ -215,7 +215,7 @@ def write_scenes(directory: str | Path, count: int = DEFAULT_COUNT, seed: int = 
         raise InputError(f"{pictures}: cannot make this folder ({error.strerror}); name another") from error
 
     records: list[dict[str, object]] = []
-    with tqdm(total=count, desc="drawing scenes", unit="scene") as progress:
+    with tqdm(total=count, desc="drawing scenes", unit="scene", disable=None) as progress:
         for split, scenes in splits.items():
             for scene in scenes:
                 with replacing(pictures / f"{scene.name}.png") as temporary:
