@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -124,16 +123,17 @@ def test_nothing_unpickles() -> None:
 def test_help_imports_nothing_heavy_and_is_quick() -> None:
     heavy = {"torch", "transformers", "gradio", "faiss", "numpy"}
     script = (
-        "import sys\nfrom vse_app.cli import main\n"
-        f"try:\n  main(['--help'])\nfinally:\n  print(sorted({heavy} & sys.modules.keys()), file=sys.stderr)"
+        "import sys, time\nfrom vse_app.cli import main\n"
+        f"try:\n  main(['--help'])\nfinally:\n  print(sorted({heavy} & sys.modules.keys()), file=sys.stderr)\n"
+        "  print(time.process_time(), file=sys.stderr)"
     )
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
         result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
         assert "VERB" in result.stdout
-        assert result.stderr.strip() == "[]"
+        imported_heavy, spent = result.stderr.splitlines()
+        assert imported_heavy == "[]"
+        seconds.append(float(spent))  # the processor's, so that other programs do not count
     assert min(seconds) < 0.5
 
 

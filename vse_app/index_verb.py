@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from training.errors import printable
 from vse_app.terminal import number, path, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -33,10 +35,12 @@ def add_parser(verbs: Any) -> None:
     remove = _action(actions, "remove", _remove, "take pictures out of the gallery; the files stay", dry_run=True)
     remove.add_argument("paths", type=path, nargs="*", help="files, and folders with all that is below")
     remove.add_argument("--missing", action="store_true", help="all whose files are gone")
+    remove.add_argument("--yes", action="store_true", help="even if that is more than half of the gallery")
     where_option(remove)
     _action(actions, "info", _info, "what the gallery holds and how it is searched")
     tune = _action(actions, "tune", _tune, "make searching fast at a measured recall", dry_run=True)
     tune.add_argument("--queries", default=None, help="captions as KIND:PATH, texts (.txt), vectors (.npy)")
+    tune.add_argument("--model", type=path, default=None, help="where the gallery's model is now, if it was moved")
     tune.add_argument("--split", default="val", help="of the captions (default: val)")
     tune.add_argument(
         "--target-recall", type=number(float, 0, 1), default=0.98, help="share of the true nearest (default: 0.98)"
@@ -128,6 +132,7 @@ def _tell_added(args: argparse.Namespace, report: AddReport, total: int, exists:
 
 
 def _remove(args: argparse.Namespace) -> None:
+    from index.errors import GalleryError
     from index.filters import Condition
     from index.gallery import Gallery
     from training.errors import InputError
@@ -136,10 +141,12 @@ def _remove(args: argparse.Namespace) -> None:
         raise InputError("index remove: name files or folders, or give --missing or --where")
     conditions = [Condition.parse(text) for text in args.where]
     with Gallery.open(args.gallery, writable=not args.dry_run) as gallery:
-        chosen = set(gallery.ids_where(conditions).tolist())
+        if unknown := gallery.unknown_fields(conditions):  # year!=2019 holds for all where there is no year
+            raise GalleryError(unknown)
+        before, chosen = len(gallery), set(gallery.ids_where(conditions).tolist())
         absent = 0
         if args.paths:
-            targets = [str(path.resolve()) for path in args.paths]
+            targets = [os.path.realpath(path) for path in args.paths]
             named = {key: item.path for key, item in gallery.items(gallery.snapshot.ids_below(targets))}
             chosen &= named.keys()
             there = {str(folder) for path in named.values() for folder in (path, *PurePath(path).parents)}
@@ -147,6 +154,11 @@ def _remove(args: argparse.Namespace) -> None:
         if args.missing:
             chosen &= {key for key, path in gallery.snapshot.paths() if not Path(path).exists()}
         if not args.dry_run:
+            if not (args.paths or args.yes) and len(chosen) > before / 2:
+                raise InputError(
+                    f"{args.gallery}: that would remove {len(chosen)} of {before} pictures; is a drive not there, or "
+                    "a condition mistyped? If they are to go, add --yes"
+                )
             gallery.remove(chosen)
         total = len(gallery)
     if args.json:
@@ -163,7 +175,7 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         print_json(info)
     else:
-        print("\n".join(f"{key:9} {value}" for key, value in info.items()))
+        print("\n".join(f"{key:9} {printable(str(value))}" for key, value in info.items()))
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -171,11 +183,16 @@ def _tune(args: argparse.Namespace) -> None:
     from index.gallery import Gallery
     from index.relevance import Relevance, sample
     from index.tuning import tune
-    from vse_app.search_engine import load_model
+    from vse_app.search_engine import SearchEngine, named_model
     from vse_app.tuning_queries import read_queries
 
-    with Gallery.open(args.gallery, writable=True) as gallery:
-        held_out = read_queries(gallery, lambda: load_model(gallery), args.queries, args.split)
+    if args.dry_run:
+        opened = SearchEngine(Gallery.open(args.gallery), named_model(args.model))
+    else:
+        opened = SearchEngine.open(args.gallery, writable=True, model=args.model)
+    with opened as engine:
+        gallery = engine.gallery
+        held_out = read_queries(gallery, lambda: engine.model, args.queries, args.split)
         relevance = None
         with progress_bar() as progress:
             tuning = tune(
@@ -235,7 +252,7 @@ def _verify(args: argparse.Namespace) -> None:
         print_json({**record, "files": found.files, "bytes": found.bytes})
     else:
         for line in [*found.problems, *(f"{path}: left behind, no part of it" for path in found.leftovers)]:
-            print(line)
+            print(printable(line))
         print(f"{args.gallery}: {found.files} files, {found.bytes:,} bytes, {len(found.problems)} problems")
     if found.problems:
         sys.exit(1)
@@ -274,12 +291,15 @@ def _export(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from index.exchange import import_vectors, source_shape
+    from index.exchange import ImportReport, import_vectors, source_shape
     from index.gallery import Gallery
 
     rows, dim = source_shape(args.source)
     if args.dry_run and not Gallery.exists(args.gallery):
-        print(f"{args.gallery}: would be made, with {rows:,} vectors of {dim} dimensions")
+        if args.json:
+            print_json({**asdict(ImportReport(added=rows)), "items": 0})
+        else:
+            print(f"{args.gallery}: would be made, with {rows:,} vectors of {dim} dimensions")
         return
     if Gallery.exists(args.gallery):
         gallery = Gallery.open(args.gallery, writable=not args.dry_run)
@@ -293,7 +313,7 @@ def _import(args: argparse.Namespace) -> None:
         print_json({**asdict(report), "items": total})
         return
     for line in report.skipped:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     print(
         f"{args.gallery}: {_would(args)}{report.added} added ({report.normalised} scaled to length 1), "
         f"{report.skipped_rows} skipped; {total} items"

@@ -94,7 +94,7 @@ class SearchEngine:
         """
         with ExitStack() as resources:
             gallery = resources.enter_context(Gallery.open(directory, writable=writable))
-            encoder = DualEncoder.from_pretrained(model) if model else None
+            encoder = named_model(model)
             engine = cls(gallery, encoder, bfloat16=bfloat16)
             if model and encoder:
                 with (
@@ -117,13 +117,7 @@ class SearchEngine:
             InputError: If the model cannot be loaded.
         """
         if Gallery.exists(directory):
-            with ExitStack() as resources:
-                gallery = resources.enter_context(Gallery.open(directory, writable=True))
-                engine = cls(gallery, DualEncoder.from_pretrained(model) if model else None)
-                if model:
-                    gallery.rename_model(identity(model, engine.model)["name"])
-                resources.pop_all()
-            return engine
+            return cls.open(directory, writable=True, model=model)
         if model is None:
             raise InputError(f"{directory}: a new gallery needs a model; add --model RUN")
         encoder = DualEncoder.from_pretrained(model)
@@ -360,6 +354,11 @@ class SearchEngine:
 def identity(name: Path, model: DualEncoder) -> dict[str, str]:
     """What a gallery remembers of its model: where it was, and the checksum of its weights."""
     return {"name": str(name.resolve()) if name.exists() else str(name), "checksum": model.fingerprint()}
+
+
+def named_model(name: Path | None) -> DualEncoder | None:
+    """The model of a run directory or hub name, if there is a name."""
+    return DualEncoder.from_pretrained(name) if name else None
 
 
 def load_model(gallery: Gallery) -> DualEncoder:

@@ -52,6 +52,8 @@ def _search(args: argparse.Namespace) -> None:
         answers = engine.search(
             queries, args.k, where=conditions, collapse_at=args.collapse, correct_hubs=args.querybank
         )
+        if unknown := engine.gallery.unknown_fields(conditions):
+            print(printable(unknown), file=sys.stderr)
         if args.likely and not engine.relevance:
             raise InputError(f"{args.gallery}: has no calibrated cut; vse index tune makes one, or leave out --likely")
         for query in queries:

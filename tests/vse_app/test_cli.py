@@ -246,7 +246,7 @@ def test_search_and_index_refuse(vse: Vse, gallery: Path, run_directory: Path, s
     refused(vse("index", gallery, "remove"), "name files or folders")
     refused(vse("index", gallery, "tune", "--queries", tmp_path / "none"), tmp_path / "none")
     refused(vse("search", gallery, "  "), "the query is empty")
-    refused(vse("search", gallery, "a disc", "-k", 0), "k is 0")
+    refused(vse("search", gallery, "a disc", "-k", 0), "-k", "give 1 or more")
     refused(vse("search", gallery, "--image", tmp_path / "none.jpg"), tmp_path / "none.jpg", "check the path")
     refused(vse("index", nowhere, "add", picture), nowhere, "add --model RUN")
     refused(vse("index", nowhere, "add", tmp_path / "none", "--model", run_directory), tmp_path / "none")
