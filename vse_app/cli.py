@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -48,25 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(error)
 
 
-_REMEDIES = {
-    errno.ENOSPC: "make room and try again",
-    errno.EDQUOT: "make room and try again",
-    errno.EACCES: "check the permissions",
-    errno.EPERM: "check the permissions",
-    errno.EROFS: "choose a place that can be written",
-    errno.EMFILE: "allow more open files with ulimit -n",
-    errno.ENFILE: "close other programs",
-}
-
-
 def _end(error: Exception) -> None:
-    from index.errors import GalleryError
+    from index.errors import GalleryError, remedy
 
     if isinstance(error, InputError | GalleryError):
         message, status = str(error), 2
     elif isinstance(error, OSError) and error.errno:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        message, status = f"{where}{error.strerror}; {_REMEDIES.get(error.errno, 'check the path')}", 2
+        message, status = f"{where}{error.strerror}; {remedy(error, 'check the path')}", 2
     elif os.environ.get("VSE_DEBUG"):
         raise error
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from training.data.images import raster_formats, read_picture
-from training.errors import InputError
+from training.errors import InputError, printable
 
 SYSTEM_FOLDERS = frozenset(
     {
@@ -142,7 +142,7 @@ class Quarantine:
     def report(self) -> str:
         """One line per file, refusals first; empty when there is nothing to say."""
         lines = [f"refused  {path}: {reason}" for path, reason in self.refused]
-        return "\n".join(lines + [f"note     {path}: {note}" for path, note in self.notes])
+        return "\n".join(map(printable, lines + [f"note     {path}: {note}" for path, note in self.notes]))
 
     def to_json(self) -> dict[str, list[dict[str, str]]]:
         """The same as plain lists of ``{"path", "reason"}``, ready for ``json.dump``."""
@@ -158,7 +158,7 @@ def decode_all(paths: Iterable[Path], quarantine: Quarantine) -> Iterator[tuple[
         try:
             picture = read_picture(path)
         except InputError as error:
-            quarantine.refused.append((path, str(error).removeprefix(f"{path}: ")))
+            quarantine.refused.append((path, str(error).removeprefix(printable(f"{path}: "))))
             continue
         quarantine.notes.extend((path, note) for note in picture.notes)
         yield path, picture.image
