@@ -147,3 +147,10 @@ def test_recipes_parse_and_begin_with_their_command(recipe: Path, tmp_path: Path
     resolved, resume = read_arguments(shlex.split(command[0])[2:])
     assert not resume
     assert (resolved.model, resolved.loss) == (config.model, config.loss)
+
+
+def test_bars_are_for_terminals() -> None:
+    for module in FILES:
+        for node in ast.walk(parse(module)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tqdm":
+                assert "disable" in [keyword.arg for keyword in node.keywords], f"{module} line {node.lineno}"

@@ -124,7 +124,7 @@ def _tell_added(args: argparse.Namespace, report: AddReport, total: int, exists:
     if args.json:
         print_json({**report.to_json(), "items": total, "dry_run": args.dry_run})
         return
-    for line in [report.quarantine.report(), *(f"note     {line}" for line in report.left_out)]:
+    for line in [report.quarantine.report(), *(f"note     {printable(line)}" for line in report.left_out)]:
         if line:
             print(line, file=sys.stderr)
     made = f"{_would(args)}{report}; {total} pictures" if exists else f"would be made, with {report.added} pictures"

@@ -90,16 +90,17 @@ def test_no_encoding_of_the_output_ends_a_verb(
     encoding: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """UTF-8 cannot write a name that is none, Latin-1 and ASCII no quotation mark."""
-    (tmp_path / "photos" / "caf\udce9.png").write_bytes(b"no picture")
+    (tmp_path / "photos" / "caf\udce9.png").write_bytes(encoded(pixels(98)))
     (tmp_path / "facts.jsonl").write_text(json.dumps({"image": "photos/photo01.png", "caption": "“🐶” café"}) + "\n")
     (tmp_path / "queries.txt").write_text("“🐶” café\n", encoding="utf-8")
 
     def written(*arguments: object) -> str:
-        binary = io.BytesIO()
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", io.TextIOWrapper(binary, encoding=encoding, errors="strict"))
+            patch.setattr(sys, "stdout", stream)
             main([str(argument) for argument in arguments])
-        return binary.getvalue().decode(encoding)
+        stream.seek(0)
+        return stream.read()
 
     added = written("index", place.gallery, "add", tmp_path / "photos", "--facts", tmp_path / "facts.jsonl", "--json")
     assert "caf\udce9.png" in " ".join(one["path"] for one in json.loads(added)["refused"])
