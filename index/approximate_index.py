@@ -173,6 +173,42 @@ class ApproximateIndex:
         for (ids, vectors), places in zip(blocks(), lists, strict=True):
             self._append(ids, vectors, places)
 
+    def compact(self, blocks: Callable[[], Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]]) -> None:
+        """Let go of removed vectors; the others keep their codes, except that a graph is built again.
+
+        Args:
+            blocks: Gives all vectors that are not removed; see :meth:`refill`.
+        """
+        if isinstance(self._base, faiss.IndexHNSW):
+            self.refill(len(self), blocks)
+            return
+        gone, _bitmap = selector(~self._alive)
+        self._base.remove_ids(gone)
+        if self._base is not self.faiss:
+            self.faiss.refine_index.remove_ids(gone)
+            self.faiss.ntotal = len(self)
+        if isinstance(self._base, faiss.IndexIVF):
+            self._renumber(np.cumsum(self._alive) - 1)
+        self.ids = self.ids[self._alive]
+        self._alive, self._scopes = np.ones(len(self), bool), []
+
+    def _renumber(self, positions: NDArray[np.int64]) -> None:
+        """Give the vectors in the inverted lists new positions, int64 by the old ones, after some were removed."""
+        lists: Any = _swig.downcast_InvertedLists(self._base.invlists)
+        for place in range(lists.nlist):
+            size = lists.list_size(place)
+            if not size:
+                continue
+            held = _swig.rev_swig_ptr(lists.get_ids(place), size)
+            held[:] = positions[held]
+            if isinstance(lists, _swig.BlockInvertedLists):
+                # FAISS adds codes to a block by "or", but leaves there what it has removed from its end.
+                packer, used = lists.packer, (size - 1) % lists.packer.nvec + 1
+                codes = _swig.rev_swig_ptr(lists.get_codes(place), -(-size // packer.nvec) * packer.block_size)
+                for free in range(used, packer.nvec):
+                    blank = np.zeros(packer.code_size, np.uint8)
+                    packer.pack_1(blank, free, codes[-packer.block_size :].reshape(1, -1))
+
     def _reserve(self, count: int) -> None:
         """Make room for whole vectors, outside inverted lists."""
         parts = [self._base, self._base.storage if isinstance(self._base, faiss.IndexHNSW) else None]
@@ -220,7 +256,7 @@ class ApproximateIndex:
         ids: NDArray[np.int64] = map_array(folder / IDS, np.int64, (stored.ntotal,))
         if (ids[1:] <= ids[:-1]).any():
             raise GalleryError(f"{folder / IDS}: ids are not ascending; {_MEND}")
-        index.ids, index._alive = np.array(ids), np.ones(len(ids), bool)
+        index.ids, index._alive, index._live = np.array(ids), np.ones(len(ids), bool), len(ids)
         return index
 
     def _is_complete(self) -> bool:

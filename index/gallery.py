@@ -444,5 +444,5 @@ class Gallery:
         index = self._searching().index
         assert isinstance(index, ApproximateIndex)
         if index.removed > most_removed:
-            index.refill(len(self), self.snapshot.blocks)
+            index.compact(self.snapshot.blocks)
         self._commit_index(index, (self.directory / part.name / CURVE).read_bytes())

@@ -15,7 +15,7 @@ from index.items import JSON
 from index.manifest import Manifest, Part
 from index.segment import check_part, map_array
 from index.snapshot import Snapshot
-from index.vector_index import METRICS, SearchHits, VectorIndex, as_queries, search_blocks
+from index.vector_index import METRICS, SearchHits, VectorIndex, as_queries, is_among, search_blocks
 
 CURVE = "curve.json"
 _MEND = "run vse index tune to make it again"
@@ -39,7 +39,7 @@ def load_index(snapshot: Snapshot, part: Part) -> ApproximateIndex:
         raise GalleryError(f"{folder / INDEX}: {error.strerror}; {remedy(error, _MEND)}") from error
     expected = snapshot.ids()
     expected = expected[expected <= index.last_id]
-    if index.last_id >= snapshot.manifest.next_id or len(np.setdiff1d(expected, index.ids, assume_unique=True)):
+    if index.last_id >= snapshot.manifest.next_id or not is_among(expected, index.ids).all():
         raise GalleryError(f"{folder / IDS}: is of other items; {_MEND}")
     return index
 
@@ -76,12 +76,11 @@ class Searcher:
 
     def follow(self, snapshot: Snapshot) -> None:
         """Go on to a later snapshot, reading only what has changed unless its tuned index is another one."""
-        another = snapshot.manifest.index != self._snapshot.manifest.index
-        self._snapshot = snapshot
-        if another:
+        former, self._snapshot = self._snapshot, snapshot
+        if snapshot.manifest.index != former.manifest.index:
             self.index = self._load()
         else:
-            self._catch_up(self.index)
+            self._catch_up(self.index, snapshot.gone_since(former))
 
     def nearest(self, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.int64] | None) -> SearchHits:
         """See :meth:`index.gallery.Gallery.nearest`."""
@@ -121,13 +120,13 @@ class Searcher:
                     raise
         if index is None:
             index = METRICS[state.metric](state.dim, state.items)
-        self._catch_up(index)
+        held = index.live_ids()
+        self._catch_up(index, held[~is_among(held, self._snapshot.ids())])
         return index
 
-    def _catch_up(self, index: VectorIndex) -> None:
-        wanted = self._snapshot.ids()
-        if len(index) != np.searchsorted(wanted, index.last_id, side="right"):
-            index.remove(np.setdiff1d(index.live_ids(), wanted, assume_unique=True))
+    def _catch_up(self, index: VectorIndex, gone: NDArray[np.int64]) -> None:
+        if len(gone):
+            index.remove(gone)
         # Ids only grow, so whatever is new comes after all that an index has ever held.
         for ids, vectors in self._snapshot.blocks(after=index.last_id):
             index.add(ids, vectors)

@@ -17,6 +17,7 @@ from index.filters import COLUMNS, Condition, all_hold, written
 from index.items import Item
 from index.manifest import Manifest
 from index.segment import BLOCK_BYTES, Segment, check_part
+from index.vector_index import is_among
 
 _ATTEMPTS = 10
 _ITEMS_AT_ONCE = 4096
@@ -103,6 +104,17 @@ class Snapshot:
     def ids(self) -> NDArray[np.int64]:
         """Ids of all items, int64 ``(N,)``, ascending."""
         return np.concatenate([np.empty(0, np.int64), *(segment.ids[segment.alive] for segment in self.segments)])
+
+    def gone_since(self, former: Snapshot) -> NDArray[np.int64]:
+        """Ids of the items of an earlier state that are not here, int64, looking only at segments that changed."""
+
+        def only_in(one: Snapshot, other: Snapshot) -> NDArray[np.int64]:
+            same = {(segment.part.name, segment.part.removed) for segment in other.segments}
+            changed = (each for each in one.segments if (each.part.name, each.part.removed) not in same)
+            return np.concatenate([np.empty(0, np.int64), *(each.ids[each.alive] for each in changed)])
+
+        before = only_in(former, self)
+        return before[~is_among(before, only_in(self, former))]
 
     def blocks(
         self, after: int = 0, among: NDArray[np.int64] | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from index.filters import Condition
 from index.gallery import Gallery
 from index.tuning import FEWEST_QUERIES
 from training.config import read_toml
@@ -75,14 +76,14 @@ def read_queries(
 
 
 def _found(gallery: Gallery, load_model: Callable[[], DualEncoder], split: str) -> TuningQueries:
-    captioned = [(key, item.caption) for key, item in gallery.items() if item.caption]
+    captioned = gallery.ids_where([Condition("caption", "!=", None), Condition("caption", "!=", "")])
     if len(captioned) >= _PAIRS_AT_LEAST:
-        chosen = np.sort(np.random.default_rng(0).permutation(len(captioned))[:MOST])
-        texts = [str(captioned[n][1]) for n in chosen]
+        chosen = captioned[np.sort(np.random.default_rng(0).permutation(len(captioned))[:MOST])]
+        texts = [str(item.caption) for _, item in gallery.items(chosen)]
         return TuningQueries(
             load_model().encode_texts(texts).numpy(),
             f"{len(texts):,} captions of the gallery",
-            gallery.vectors(np.array([captioned[n][0] for n in chosen])),
+            gallery.vectors(chosen),
             np.arange(len(texts)),
         )
     recipe = Path(gallery.model.get("name", "")) / "config.toml"

@@ -98,6 +98,28 @@ def test_survives_saving_and_refilling(index: ApproximateIndex, rows: NDArray[np
     assert len(ApproximateIndex.load(tmp_path, DIM)) == 0
 
 
+@pytest.mark.parametrize("kept", [slice(None, None, 5), slice(1, 30), slice(0, 0)], ids=["fifth", "few", "none"])
+def test_compacting_leaves_what_filling_anew_would(
+    kept: slice, index: ApproximateIndex, rows: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.arange(1, COUNT + 1) * 3
+    live, new = ids[kept], ids[-1] + np.arange(1, 301)
+    anew = ApproximateIndex(faiss.clone_index(index.faiss), index.parameters)
+    anew.refill(len(live), lambda: [(live, rows[kept])])
+    index.remove(np.setdiff1d(ids, live))
+    if not isinstance(index._base, faiss.IndexHNSW):
+        monkeypatch.setattr(index, "refill", lambda *given: pytest.fail("was filled anew"))
+    index.compact(lambda: [(live, rows[kept])])
+    assert (len(index), index.removed) == (len(live), 0)
+    np.testing.assert_array_equal(index.live_ids(), live)
+    queries = vectors(3, 40, DIM)
+    for added in (new[:0], new[:100], new[100:]):  # which fill up what the removed have left
+        for one in (index, anew):
+            one.add(added, vectors(len(added), len(added), DIM))
+        for ours, theirs in zip(index.search(queries, 10), anew.search(queries, 10), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_only_new_ids_and_sound_vectors_are_taken(index: ApproximateIndex) -> None:
     row = vectors(4, 1, DIM)
     for ids in ([COUNT * 3], [3], [-1], [10**6, 10**6], [10**6 + 1, 10**6]):
