@@ -162,17 +162,25 @@ def add_pictures(gallery: Gallery, model: Callable[[], DualEncoder], plan: Plan)
         plan: From :func:`plan_pictures`; its report is brought up to date.
 
     Raises:
-        GalleryError: If the disk is full; batches before are in the gallery.
+        GalleryError: If the disk is full; says how many pictures of the batches before are in the gallery.
     """
     if plan.changed:
         gallery.update(plan.changed)
     if plan.new:
-        encoder = model()
+        encoder, done = model(), 0
         views = _views(plan, encoder.transform())
         while batch := list(islice(views, BATCH)):
             pixels = torch.stack([view for _, view in batch])  # (B, 3, S, S)
             vectors = torch.cat([encoder.encode("image", _Views(part)) for part in torch.split(pixels, TOGETHER)])
-            gallery.add([item for item, _ in batch], vectors.numpy())
+            try:
+                done += len(gallery.add([item for item, _ in batch], vectors.numpy()))
+            except GalleryError as error:
+                if not done:
+                    raise
+                told = (
+                    f"{done} of {len(plan.new)} pictures were added, the others were not, {error.__cause__ or error}"
+                )
+                raise GalleryError(f"{gallery.directory}: {told}; make room and add them again") from error
     return plan.report
 
 

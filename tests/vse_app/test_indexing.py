@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from index import changes
+from index.errors import GalleryError
 from training.data import image_folders, images
 from training.data.images import read_file
 from training.data.text import WordTokenizer
@@ -452,3 +456,25 @@ def test_types_that_cannot_be_read_are_counted(engine: SearchEngine, folder: Pat
     assert line.startswith("5 files of types that cannot be read: .heic 2, .cr2 1, .jxl 1, .mp4 1; ")
     assert line.endswith("pip install 'vse-app[heic]' reads .heic")
     assert report.added == 3
+
+
+def test_a_disk_that_fills_up_says_how_many_pictures_are_in(
+    engine: SearchEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "BATCH", 1)
+    added = changes.added
+
+    def full(snapshot: Any, *arguments: Any) -> Any:
+        if snapshot.manifest.items == room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return added(snapshot, *arguments)
+
+    monkeypatch.setattr(changes, "added", full)
+    for room, told in ((0, "unchanged, "), (2, "2 of 3 pictures were added, the others were not, ")):
+        with pytest.raises(GalleryError) as refusal:
+            engine.add([folder])
+        line = f"{engine.gallery.directory}: {told}[Errno 28] No space left on device; make room and "
+        assert str(refusal.value).startswith(line)
+        assert len(engine.gallery) == room
+    monkeypatch.undo()
+    assert engine.add([folder]).added == 1
