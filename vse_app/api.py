@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from fastapi import Path as InPath
 from fastapi import Query as InQuery
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from PIL import Image
 from pydantic import Field
 
@@ -31,15 +33,18 @@ from vse_app.decoding import AT_ONCE, WAITING
 from vse_app.limits import Busy
 from vse_app.queries import Options, Query, parse_conditions
 from vse_app.search_engine import Facts, Result, SearchEngine
-from vse_app.search_service import SearchService
+from vse_app.search_service import SearchService, Unavailable
 from vse_app.thumbnails import Thumbnails
-from vse_app.uploads import MAX_BYTES, read_metadata, read_upload
+from vse_app.uploads import MAX_BYTES, read_metadata, read_upload, too_large
 
 LARGEST = 1600
 """Side in pixels of the largest pictures that are sent."""
 MOST_ITEMS, MOST_UPLOADS = 1000, 16
 MAX_BODY = MAX_BYTES * 4
 """Bytes of a request."""
+
+# An absolute path up to its last slash; messages end a path by a colon and a space.
+_PATH = re.compile(r"(?<![\w/.:-])/(?=\S)(?:[^:\n]|:(?!\s))*/")
 
 T = TypeVar("T")
 Id = Annotated[int, InPath(ge=1, lt=limits.IDS, description="id of an item")]
@@ -51,15 +56,24 @@ class Api:
 
     Args:
         service: What searches.
+        run: The model's run directory, if it has one.
         audit: ``audit.json`` of the model, if there is one.
         read_only: Refuse to add and remove.
         show_paths: Tell where files are; for servers that only this machine reaches.
     """
 
     def __init__(
-        self, service: SearchService, *, audit: Path | None = None, read_only: bool = False, show_paths: bool = False
+        self,
+        service: SearchService,
+        *,
+        run: Path | None = None,
+        audit: Path | None = None,
+        read_only: bool = False,
+        show_paths: bool = False,
     ) -> None:
         self.service, self.audit_file, self.read_only, self.show_paths = service, audit, read_only, show_paths
+        folders = {service.directory: "gallery", audit.parent if audit else None: "audit", run: "run"}
+        self._folders = {str(way): name for at, name in folders.items() if at for way in (at, at.resolve())}
         self.thumbnails = Thumbnails()
         # Threads of their own, for who waits for a turn shall not keep others from theirs.
         self._drawing = CapacityLimiter(2 * (AT_ONCE + WAITING))
@@ -89,9 +103,17 @@ class Api:
             responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format"}},
             summary="Latency of each stage",
         )(self.metrics)
+        methods: dict[str, set[str]] = {}
+        for route in routes.routes:
+            if isinstance(route, APIRoute):
+                methods.setdefault(route.path, {"OPTIONS"}).update(route.methods or ())
+        for path, allowed in methods.items():
+            routes.options(path, include_in_schema=False)(
+                _telling(allowed | ({"HEAD"} if "GET" in allowed else set()))
+            )
         app.include_router(routes)
-        for kind, status in ((InputError, 400), (GalleryError, 400), (ModelError, 503), (Busy, 503), (Refused, 0)):
-            app.add_exception_handler(kind, self._handler(status))
+        for kind in (InputError, GalleryError, Busy, Refused):
+            app.add_exception_handler(kind, self._refuse)
         app.add_exception_handler(RequestValidationError, _misfit)
 
     async def search(
@@ -177,12 +199,12 @@ class Api:
         self._refuse_if_read_only()
         facts = Facts(caption or None, read_metadata(metadata))
         pictures = [await _read(image) for image in images]
-        return _json({"ids": await to_thread.run_sync(_changing, self.service.add, pictures, facts)})
+        return _json({"ids": await to_thread.run_sync(changing, self.service.add, pictures, facts)})
 
     async def remove(self, id: Id) -> Response:
         """The file stays where it is, unless it came over this interface."""
         self._refuse_if_read_only()
-        if not await to_thread.run_sync(_changing, self.service.remove, [id]):
+        if not await to_thread.run_sync(changing, self.service.remove, [id]):
             raise Refused(404, f"item {id}: is not in the gallery; list what is with /items")
         return _json({"removed": 1})
 
@@ -197,7 +219,7 @@ class Api:
         try:
             record: dict[str, Any] = json.loads(self.audit_file.read_bytes())
         except (OSError, ValueError) as error:
-            raise Refused(404, f"{self.audit_file.name}: cannot be read ({error}); run vse audit again") from error
+            raise Refused(500, f"{self.audit_file.name}: cannot be read ({error}); run vse audit again") from error
         return record
 
     async def health(self) -> Response:
@@ -263,19 +285,20 @@ class Api:
         with self.service.latency.timed("picture"):
             return self.thumbnails.read(path, side)
 
-    def _handler(self, status: int) -> Callable[[Request, Exception], JSONResponse]:
-        def answer(request: Request, error: Exception) -> JSONResponse:
-            code = error.status if isinstance(error, Refused) else status
-            return JSONResponse({"detail": self.line(error)}, code, {"retry-after": "1"} if code == 503 else None)
-
-        return answer
+    def _refuse(self, request: Request, error: Exception) -> JSONResponse:
+        code = _status(error)
+        return JSONResponse({"detail": self.line(error)}, code, {"retry-after": "1"} if code == 503 else None)
 
     def line(self, error: Exception) -> str:
-        """What is wrong in one line, which can be sent whatever a file or field is called."""
+        """What is wrong in one line, which can be sent whatever a file or field is called.
+
+        Strangers are not told where files lie: of a path no more is left than the last name.
+        """
         line = " ".join(str(error).encode(errors="replace").decode().split())
         if not self.show_paths:
-            for folder in {str(self.service.directory), str(self.service.directory.resolve())}:
-                line = re.sub(rf"(?<![\w/.-]){re.escape(folder)}(?=[/:])", "gallery", line)
+            for folder, name in self._folders.items():
+                line = re.sub(rf"(?<![\w/.-]){re.escape(folder)}(?=[/:])", name, line)
+            line = _PATH.sub("", line)
         return line[:1000]
 
     def _refuse_if_read_only(self) -> None:
@@ -291,6 +314,25 @@ class Refused(ValueError):
         self.status = status
 
 
+def _status(error: Exception) -> int:
+    if isinstance(error, Refused):
+        return error.status
+    if isinstance(error, Busy | Unavailable | ModelError):
+        return 503
+    cause = error.__cause__ if isinstance(error, GalleryError) else None
+    if isinstance(cause, BlockingIOError):  # another writer has the lock
+        return 409
+    return 503 if isinstance(cause, OSError | sqlite3.Error) else 400
+
+
+def _telling(methods: set[str]) -> Callable[[], Response]:
+    def options() -> Response:
+        """Which methods there are."""
+        return Response(status_code=204, headers={"allow": ", ".join(sorted(methods))})
+
+    return options
+
+
 def _misfit(request: Request, error: Exception) -> JSONResponse:
     """What does not fit the schema, in one line like everything else."""
     assert isinstance(error, RequestValidationError)
@@ -302,21 +344,23 @@ async def _soon(future: Future[T]) -> T:
     return await asyncio.wrap_future(future)
 
 
-def _changing(change: Callable[..., T], *arguments: Any) -> T:
+def changing(change: Callable[..., T], *arguments: Any) -> T:
+    """Change the gallery.
+
+    Raises:
+        Refused: If there is no room, or the disk does not let it.
+    """
     try:
         return change(*arguments)
-    except ModelError:
-        raise
-    except GalleryError as error:
-        raise Refused(409, str(error)) from error
     except OSError as error:
         raise Refused(503, f"cannot be kept: {error.strerror or error}") from error
 
 
 async def _read(upload: UploadFile) -> Image.Image:
-    data = await upload.read(MAX_BYTES + 1)
-    name = Path(upload.filename or "picture").name or "picture"
-    return await to_thread.run_sync(read_upload, data, name[:200])
+    name = (Path(upload.filename or "picture").name or "picture")[:200]
+    if (upload.size or 0) > MAX_BYTES:
+        raise InputError(too_large(name, upload.size or 0))
+    return await to_thread.run_sync(read_upload, await upload.read(), name)
 
 
 def _options(k: int, where: list[str], collapse: float | None, querybank: bool) -> Options:

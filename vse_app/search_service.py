@@ -37,6 +37,10 @@ T = TypeVar("T")
 _DEFAULT = Options()
 
 
+class Unavailable(GalleryError):
+    """The gallery that is served cannot be read any more, whatever is asked."""
+
+
 @dataclass(kw_only=True)
 class _Asked(Generic[T]):
     answer: Future[T] = field(default_factory=Future)
@@ -247,7 +251,7 @@ class SearchService:
                 self._follow()
         except Exception as error:  # whatever it is, it must not end the thread that all wait for
             for asked in batch:
-                asked.answer.set_exception(error)
+                asked.answer.set_exception(Unavailable(str(error)) if isinstance(error, GalleryError) else error)
             return
         searches = [asked for asked in batch if isinstance(asked, _Search)]
         if searches:

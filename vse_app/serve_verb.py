@@ -29,6 +29,20 @@ def add_parser(verbs: Any) -> None:
     )
     verb.add_argument("--audit", type=Path, default=None, help="folder that vse audit wrote (default: RUN/audit)")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    verb.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name under which the server may be asked, beside its address; may be repeated",
+    )
+    verb.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="proxy in front of the server, whose X-Forwarded-For, -Host and -Proto are believed; may be repeated",
+    )
     verb.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
     verb.add_argument("--read-only", action="store_true", help="let nobody add or remove pictures")
     verb.add_argument("--bfloat16", action="store_true", help="embed texts faster, on processors that can")
@@ -41,7 +55,16 @@ def _serve(args: argparse.Namespace) -> None:
 
     password = os.environ.get(PASSWORD) or None
     serving = Serving(
-        args.gallery, args.model, args.audit, args.host, args.port, args.read_only, args.bfloat16, password
+        args.gallery,
+        run=args.model,
+        audit=args.audit,
+        host=args.host,
+        port=args.port,
+        read_only=args.read_only,
+        bfloat16=args.bfloat16,
+        password=password,
+        allowed_hosts=tuple(args.allow_host),
+        trusted_proxies=tuple(args.trusted_proxy),
     )
     serve(serving, lambda address: print(f"{args.gallery} is served at {address} (Ctrl+C stops)", flush=True))
 

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
+import shutil
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import uvicorn
 from fastapi import FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.formparsers import MultiPartParser
 
 from training.errors import InputError
+from vse_app import server_log
 from vse_app.api import MAX_BODY, Api
+from vse_app.http_connections import Connection, Server, most_connections
 from vse_app.http_guards import Guards
+from vse_app.http_hosts import Hosts, is_loopback
 from vse_app.scratch_folder import scratch_folder
 from vse_app.search_service import SearchService
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PUBLIC_RATE = 20.0
 """Requests a second from one address, where other machines can reach the server."""
-_GRACE = 5  # seconds for answers that are under way when the server is told to stop
+_GRACE, _LATEST = 2, 5  # seconds for answers that are under way when the server is told to stop, and for its end
+_BACKLOG = 128  # so many connections are accepted at a time, before any of them can be ended for another
+
+# What is sent lies in memory, of which no more is taken at a time than Guards allow, and never on the disk.
+MultiPartParser.spool_max_size = MAX_BODY
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Serving:
         read_only: Refuse to add and remove.
         bfloat16: See :class:`~vse_app.search_engine.SearchEngine`.
         password: ``USER:PASSWORD``; None lets everybody in.
+        allowed_hosts: Names under which the server may be asked, beside its address.
+        trusted_proxies: Addresses of proxies whose word on the client, the name and the scheme counts.
     """
 
     gallery: Path
@@ -51,12 +60,27 @@ class Serving:
     read_only: bool = False
     bfloat16: bool = False
     password: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.password is not None and not all(self.password.partition(":")[::2]):
             raise InputError("serve: the password is written USER:PASSWORD")
         if self.audit and not (self.audit / "audit.json").exists():
             raise InputError(f"{self.audit}: holds no audit.json; give the folder that vse audit wrote")
+        if not 0 <= self.port < 1 << 16:
+            raise InputError(f"serve: there is no port {self.port}; choose one from 1 to 65535, or 0 for a free one")
+        Hosts.parse(self.allowed_hosts, self.trusted_proxies)
+
+    @property
+    def hosts(self) -> Hosts:
+        """Its names, and whom it trusts."""
+        return Hosts.parse(self.allowed_hosts, self.trusted_proxies)
+
+    @property
+    def local(self) -> bool:
+        """Whether it is for this machine alone."""
+        return is_loopback(self.host) and not self.allowed_hosts and not self.trusted_proxies
 
 
 def create_app(service: SearchService, serving: Serving, *, page: bool = True) -> FastAPI:
@@ -67,7 +91,6 @@ def create_app(service: SearchService, serving: Serving, *, page: bool = True) -
         serving: The rest.
         page: With the web page and the MCP tools, which need Gradio.
     """
-    local = serving.host in LOOPBACK
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,9 +106,10 @@ def create_app(service: SearchService, serving: Serving, *, page: bool = True) -
     serving = replace(serving, run=run if run.is_dir() else None, audit=serving.audit or found)
     api = Api(
         service,
+        run=serving.run,
         audit=serving.audit / "audit.json" if serving.audit else None,
         read_only=serving.read_only,
-        show_paths=local,
+        show_paths=serving.local,
     )
     api.install(app)
     if page:
@@ -95,7 +119,8 @@ def create_app(service: SearchService, serving: Serving, *, page: bool = True) -
     app.add_middleware(
         Guards,
         max_body=MAX_BODY,
-        rate=0 if local else PUBLIC_RATE,
+        hosts=serving.hosts,
+        rate=0 if serving.local else PUBLIC_RATE,
         password=serving.password,
         answered=service.latency.answered,
     )
@@ -113,6 +138,7 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
         GalleryError: If there is no gallery, or it is damaged.
         InputError: If its model cannot be loaded, or the address is taken.
     """
+    server_log.set_up()
     # Searches and an attack share the cores better than one of them would use all. Threads keep what they began with.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     with (
@@ -124,17 +150,28 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
             service.tidy()
         os.environ["GRADIO_TEMP_DIR"] = scratch  # what is uploaded to the page goes with the server at the latest
         app = create_app(service, serving)
-        if serving.host in LOOPBACK[:2]:  # or a page elsewhere could name its own address ours, and read everything
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK[:2], www_redirect=False)
         host = f"[{serving.host}]" if ":" in serving.host else serving.host
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE)
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn, once it has stopped, sends itself the signal anew
-            signal.signal(number, lambda *_: None)
-        ready(f"http://{host}:{listener.getsockname()[1]}/")
-        server = uvicorn.Server(config)
+        config = uvicorn.Config(
+            app,
+            http=partial(Connection, most_connections(), serving.hosts),  # type: ignore[arg-type]
+            ws="none",
+            proxy_headers=False,  # Guards know whom to believe
+            log_config=None,
+            access_log=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=_GRACE,
+        )
+        server = Server(config, partial(_end, scratch), _LATEST)
         # Pages that are still open when it stops are cut off, which is no error.
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+        ready(f"http://{host}:{listener.getsockname()[1]}/")
         server.run(sockets=[listener])
+
+
+def _end(scratch: str) -> None:
+    """Threads that decode or search cannot be interrupted; what they do is written in one step, or not at all."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -144,7 +181,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(512)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise InputError(f"{host}:{port}: {error.strerror}; choose another --host or --port") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import replace
 from io import BytesIO
@@ -40,11 +41,16 @@ def read_upload(data: bytes, name: str = "picture") -> Image.Image:
         Busy: If too many others are being read.
     """
     if len(data) > MAX_BYTES:
-        raise InputError(f"{name}: {len(data) / 1e6:.0f} MB; send at most {MAX_BYTES / 1e6:.0f} MB")
+        raise InputError(too_large(name, len(data)))
     with decoding.turn():
         image = decode_bytes(data, name, MAX_PIXELS, FORMATS, SIDE)
         image.info.clear()  # what is saved next would carry EXIF, comments and colour profiles along
         return image
+
+
+def too_large(name: str, size: int) -> str:
+    """That a file has too many bytes."""
+    return f"{name}: {math.ceil(size / 1e5) / 10:g} MB; send at most {MAX_BYTES / 1e6:g} MB"
 
 
 def read_metadata(text: str) -> dict[str, Any]:

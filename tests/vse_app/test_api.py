@@ -285,7 +285,7 @@ def test_audit_is_served_once_there_is_one(place: Place, tmp_path: Path) -> None
     with serving(place) as (client, _):
         assert client.get("/audit").json() == {"checksum": "ü", "bounds": {}}
         (folder / "audit.json").write_text("{")
-        assert "again" in refused(client.get("/audit"), 404)
+        assert "again" in refused(client.get("/audit"), 500)
     other = tmp_path / "elsewhere"
     with pytest.raises(InputError, match=r"holds no audit\.json"):
         Serving(place.gallery, audit=other)

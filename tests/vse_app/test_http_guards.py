@@ -13,10 +13,12 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from vse_app import http_guards
+from vse_app import http_limits
 from vse_app.http_guards import SECURITY_HEADERS, Guards
+from vse_app.http_hosts import Hosts
 
 LIMIT = 1000
+HERE = Hosts(frozenset({"here.test", "testserver"}))
 Answered = list[tuple[str, int]]
 
 
@@ -51,7 +53,7 @@ def guarded(**options: Any) -> tuple[TestClient, Answered]:
     inner = app()
     inner.add_middleware(
         Guards,
-        **{"max_body": LIMIT, **options},
+        **{"max_body": LIMIT, "hosts": HERE, **options},
         answered=lambda route, status, seconds: seen.append((route, status)),
     )
     return TestClient(inner, "http://here.test:7860", raise_server_exceptions=False), seen
@@ -150,7 +152,7 @@ class Clock:
 
 
 def test_a_burst_then_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_guards, "time", Clock)
+    monkeypatch.setattr(http_limits, "time", Clock)
     monkeypatch.setattr(Clock, "now", 1000.0)
     client, seen = guarded(rate=2.0)
 
@@ -173,16 +175,16 @@ def test_a_burst_then_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_addresses_have_rates_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_guards, "time", Clock)
-    monkeypatch.setattr(http_guards, "_ADDRESSES", 2)
+    monkeypatch.setattr(http_limits, "time", Clock)
+    monkeypatch.setattr(http_limits, "_ADDRESSES", 2)
 
     async def ask() -> AsyncIterator[int]:
-        guards = Guards(app(), max_body=LIMIT, rate=0.1, answered=lambda *_: None)
+        guards = Guards(app(), max_body=LIMIT, hosts=HERE, rate=0.1, answered=lambda *_: None)
         for address in ("a", "a", "b", "a", "c", "d", "a"):
             transport = ASGITransport(guards, client=(address, 1))
             async with AsyncClient(transport=transport, base_url="http://here.test") as client:
                 yield (await client.get("/things/1")).status_code
-        assert len(guards._allowance) == 2
+        assert len(guards.rate._states) == 2
 
     async def collect() -> list[int]:
         return [status async for status in ask()]
@@ -193,6 +195,50 @@ def test_addresses_have_rates_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 def basic(text: str | bytes) -> str:
     return "Basic " + base64.b64encode(text.encode() if isinstance(text, str) else text).decode()
+
+
+def test_wrong_passwords_lock_their_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "time", Clock)
+    monkeypatch.setattr(Clock, "now", 1000.0)
+    guards = Guards(app(), max_body=LIMIT, hosts=HERE, password="anna:password", answered=lambda *_: None)
+
+    def ask(given: str | None, address: str = "1.2.3.4", **headers: str) -> int:
+        client = TestClient(guards, "http://here.test:7860", client=(address, 1))
+        return client.get(
+            "/things/1", headers=headers | ({"authorization": basic(given)} if given else {})
+        ).status_code
+
+    assert {ask(None) for _ in range(50)} == {401}  # a browser that has not been told yet
+    assert [ask(f"anna:{n}") for n in range(7)] == [401] * 6 + [429]
+    assert ask("anna:password") == 429  # or guessing would go on
+    for spoken in ("x-forwarded-for", "forwarded", "x-real-ip"):
+        assert ask("anna:7", **{spoken: "9.9.9.9"}) == 429
+    assert ask("anna:password", "1.2.3.5") == 200
+    Clock.now += 2.1
+    assert [ask("anna:8"), ask("anna:9")] == [401, 429]
+    Clock.now += 3.9
+    assert ask("anna:password") == 429  # each lock is twice as long
+    Clock.now += 0.2
+    assert ask("anna:password") == 200
+    assert [ask(f"anna:{n}") for n in range(7)] == [401] * 6 + [429]
+    for n in range(200):  # the longest lock has an end, and nothing overflows
+        Clock.now += 10_000
+        assert ask(f"anna:{n}") == 401
+    assert guards.guesses.locked("1.2.3.4") <= 300
+
+
+def test_guesses_from_one_network_count_together_and_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "_ADDRESSES", 3)
+    guards = Guards(app(), max_body=LIMIT, hosts=HERE, password="anna:password", answered=lambda *_: None)
+    answers = []
+    for n in range(7):
+        client = TestClient(guards, "http://here.test:7860", client=(f"2001:db8:1:2::{n}", 1))
+        answers.append(client.get("/things/1", headers={"authorization": basic("anna:1")}).status_code)
+    assert answers == [401] * 6 + [429]
+    for n in range(9):
+        client = TestClient(guards, "http://here.test:7860", client=(f"10.0.0.{n}", 1))
+        assert client.get("/things/1", headers={"authorization": basic("anna:1")}).status_code == 401
+    assert len(guards.guesses._states) == 3
 
 
 def test_the_password_lets_in() -> None:
@@ -226,8 +272,9 @@ def test_the_password_lets_in() -> None:
         "Digest username=anna",
     ],
 )
-def test_anything_else_does_not(given: str | bytes | None) -> None:
+def test_anything_else_does_not(given: str | bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
     client, seen = guarded(password="anna:password")
+    monkeypatch.setattr(http_limits, "_FREE_GUESSES", 100)
     headers = {} if given is None else {"authorization": given}
     for path in ("/things/1", "/nothing", "/openapi.json"):
         response = client.get(path, headers=headers)  # type: ignore[arg-type]
@@ -257,7 +304,9 @@ def test_pages_of_other_sites_may_not_change_anything(origin: str) -> None:
     for ask in (lambda h: client.post("/things", headers=h), lambda h: client.delete("/things/1", headers=h)):
         assert "another site" in refused(ask({"origin": origin}), 403)
     for host in ("", "null"):
-        assert refused(client.delete("/things/1", headers={"origin": origin, "host": host}), 403)
+        assert refused(client.delete("/things/1", headers={"origin": origin, "host": host}), 400)
+    forwarded = {"origin": origin, "x-forwarded-host": origin.partition("://")[2]}
+    assert "another site" in refused(client.delete("/things/1", headers=forwarded), 403)
     assert client.get("/things/1", headers={"origin": origin}).status_code == 200
     assert "access-control-allow-origin" not in client.get("/things/1", headers={"origin": origin}).headers
 
@@ -267,8 +316,8 @@ def test_pages_of_other_sites_may_not_change_anything(origin: str) -> None:
     [
         {},
         {"origin": "http://here.test:7860"},
-        {"origin": "https://front.test", "x-forwarded-host": "front.test"},
-        {"origin": "http://[::1]:7860", "host": "[::1]:7860"},
+        {"origin": "http://HERE.test:7860"},
+        {"origin": "https://here.test", "host": "here.test"},
     ],
 )
 def test_own_pages_and_programs_may(headers: dict[str, str]) -> None:
@@ -304,7 +353,7 @@ def test_every_answer_has_the_security_headers() -> None:
 
 def test_an_error_is_one_line_and_still_reported() -> None:
     inner = app()
-    inner.add_middleware(Guards, max_body=LIMIT, answered=lambda *_: None)
+    inner.add_middleware(Guards, max_body=LIMIT, hosts=HERE, answered=lambda *_: None)
     with pytest.raises(RuntimeError, match="secret"):
         TestClient(inner).get("/broken")
     assert refused(TestClient(inner, raise_server_exceptions=False).get("/broken"), 500)
@@ -315,7 +364,7 @@ def test_headers_that_the_application_chose_stay(tmp_path: Path) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"referrer-policy", b"no-referrer")]})
         await send({"type": "http.response.body", "body": b""})
 
-    response = TestClient(Guards(own, max_body=1, answered=lambda *_: None)).get("/")
+    response = TestClient(Guards(own, max_body=1, hosts=HERE, answered=lambda *_: None)).get("/")
     assert response.headers.get_list("referrer-policy") == ["no-referrer"]
     assert response.headers["x-content-type-options"] == "nosniff"
 
@@ -326,7 +375,104 @@ def test_no_way_around_by_websocket() -> None:
     async def own(scope: Scope, receive: Receive, send: Send) -> None:
         reached.append(scope["type"])
 
-    client = TestClient(Guards(own, max_body=1, password="anna:password", answered=lambda *_: None))
+    client = TestClient(Guards(own, max_body=1, hosts=HERE, password="anna:password", answered=lambda *_: None))
     with pytest.raises(WebSocketDisconnect), client.websocket_connect("/"):
         pass
     assert reached == []
+
+
+async def raw(guards: Guards, method: str, path: str, messages: list[Message], **scope: Any) -> list[Message]:
+    """What is sent for a request whose body arrives in these parts."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await guards(
+        {
+            "type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"host", b"here.test")],
+            "client": ("1.2.3.4", 5), "server": ("1.1.1.1", 80), "scheme": "http", **scope,
+        },
+        receive,
+        send,
+    )  # fmt: skip
+    return sent
+
+
+def test_what_is_received_at_once_is_bounded_and_given_back() -> None:
+    async def hungry(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(3):
+            await receive()
+        within.append(guards)
+        await asyncio.sleep(0)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    within: list[Guards] = []
+    guards = Guards(hungry, max_body=LIMIT, hosts=HERE, answered=lambda *_: None)
+
+    async def ask(address: str) -> int:
+        part = {"type": "http.request", "body": bytes(LIMIT // 3), "more_body": True}
+        return int((await raw(guards, "POST", "/", [part] * 3, client=(address, 1)))[0]["status"])
+
+    async def together() -> list[int]:
+        return list(await asyncio.gather(*map(ask, ["a"] * 3 + ["b"] * 2 + ["c"])))
+
+    statuses = asyncio.run(together())
+    assert statuses.count(503) == 2
+    assert statuses[2] == statuses[5] == 503  # half of it for each address, and no more than all
+    assert asyncio.run(ask("c")) == 200
+    assert guards.in_flight._held == {}
+
+
+def test_a_client_that_is_gone_is_no_mistake() -> None:
+    guards = Guards(app(), max_body=LIMIT, hosts=HERE, answered=lambda *_: None)
+    part: Message = {"type": "http.request", "body": b"a", "more_body": True}
+    assert asyncio.run(raw(guards, "POST", "/gradio_api/call/x", [part, {"type": "http.disconnect"}])) == []
+    assert guards.in_flight._held == {}
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, '{"a":' * 10_000, '{"a":' + "[" * 65, "[" * 999_000, '["\\"", [' * 70])
+def test_calls_that_nest_too_deeply_are_refused(text: str) -> None:
+    client, _ = guarded(max_body=10_000_000)
+    assert "too deeply" in refused(client.post("/gradio_api/mcp/", content=text), 400)
+
+
+@pytest.mark.parametrize("text", ['["' + "[" * 900_000 + '"]', "[]" * 400_000, '"' + '\\"' * 400_000, "[" * 64])
+def test_calls_may_hold_any_text(text: str) -> None:
+    client, _ = guarded(max_body=10_000_000)
+    assert client.post("/gradio_api/queue/join", content=text).status_code == 404  # nobody is there
+
+
+def test_calls_are_short() -> None:
+    client, _ = guarded(max_body=10_000_000)
+    assert "at most 1 MB" in refused(client.post("/gradio_api/run/predict", content=bytes(1_000_001)), 413)
+    assert "at most 1 MB" in refused(client.post("/gradio_api/mcp/", content=chunks(11, 100_000)), 413)
+    assert client.post("/things", content=bytes(1_000_001)).status_code == 200
+
+
+def test_no_answer_invites_other_sites() -> None:
+    async def own(scope: Scope, receive: Receive, send: Send) -> None:
+        invited = [
+            (b"access-control-allow-origin", b"http://localhost:9"),
+            (b"Access-Control-Allow-Credentials", b"true"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": invited})
+        await send({"type": "http.response.body", "body": b""})
+
+    client = TestClient(Guards(own, max_body=1, hosts=HERE, answered=lambda *_: None))
+    for method in ("GET", "OPTIONS"):
+        headers = client.request(method, "/", headers={"origin": "http://localhost:9"}).headers
+        assert not [name for name in headers if name.startswith("access-control")]
+
+
+def test_what_can_be_got_has_a_head() -> None:
+    client, _ = guarded()
+    head, got = client.head("/things/1"), client.get("/things/1")
+    assert head.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-length"] == got.headers["content-length"]
+    assert client.head("/nothing").status_code == 404

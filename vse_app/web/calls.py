@@ -20,7 +20,8 @@ def calls(asked: Mapping[str, Any], here: str, with_picture: bool = False) -> st
     asked = asked or {"text": "two dogs in the snow", "k": 10}
     if with_picture:
         pairs = [(key, one) for key, value in asked.items() for one in (value if isinstance(value, list) else [value])]
-        fields = " ".join(f"-F {quote(f'{key}={value}')}" for key, value in pairs)
+        # With -F, a value that begins with @ or < would send a file of that name.
+        fields = " ".join(f"--form-string {quote(f'{key}={value}')}" for key, value in pairs)
         curl = f"curl -F image=@picture.jpg {fields} {here}/search"
         ask = f'httpx.post("{here}/search", files={{"image": open("picture.jpg", "rb")}}, data={dict(asked)!r})'
     else:

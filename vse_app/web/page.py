@@ -23,6 +23,7 @@ from vse_app.uploads import MAX_BYTES
 from vse_app.web.model_tab import model_tab
 from vse_app.web.page_guards import GuardedBlocks, OpenRoutes
 from vse_app.web.robustness_tab import RobustnessTab
+from vse_app.web.scratch import UPLOADS_KEPT, install
 from vse_app.web.search_tab import SearchTab
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 EXAMPLES = 6
 _SHORT, _LONG = 12, 70
-UPLOADS_KEPT = 600
-"""Seconds for which what was sent to the page stays on disk."""
 
 
 def mount_page(app: FastAPI, api: Api, serving: Serving) -> None:
@@ -43,9 +42,11 @@ def mount_page(app: FastAPI, api: Api, serving: Serving) -> None:
         api: What the page shows.
         serving: Where run and audit lie.
     """
+    page = build_page(api, serving)
+    install(app, page.upload_file_set)
     gr.mount_gradio_app(
         app,
-        build_page(api, serving),
+        page,
         path="/",
         theme=_theme(),
         css_paths=[HERE / "page.css", HERE / "model_tab.css"],

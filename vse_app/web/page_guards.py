@@ -21,7 +21,7 @@ REFUSALS = (InputError, GalleryError, Busy, Refused)
 """What is told in one line; anything else is a bug, or a call that fits no function."""
 _ROUTES = re.compile(
     r"/(config/?|theme\.css|favicon\.ico|robots\.txt|(assets|static|svelte)/.+)?"
-    r"|/gradio_api/(info/?|openapi\.json|theme\.css|startup-events|upload|upload_progress|cancel|reset/?"
+    r"|/gradio_api/(info/?|openapi\.json|theme\.css|startup-events|cancel|reset/?"
     r"|(run|call|heartbeat)/.+|queue/(join|data)|file=.+|mcp(/.*)?)"
 )
 _log = logging.getLogger(__name__)
@@ -63,9 +63,19 @@ class GuardedBlocks(gr.Blocks):  # type: ignore[misc]
                 raise InputError("no such upload; send the file first")
             return await super().process_api(block_fn, inputs, *arguments, **named)
         except gr.Error as error:  # of a field, about what it was sent
-            raise gr.Error(self._line(error), print_exception=False) from None
+            raise _Line(self._line(ValueError(error.message))) from None
         except REFUSALS as error:
-            raise gr.Error(self._line(error), print_exception=False) from error
+            raise _Line(self._line(error)) from error
         except Exception as error:
             _log.exception("a call to the page failed: %s", type(error).__name__)
-            raise gr.Error("this call cannot be answered; open the page anew", print_exception=False) from error
+            raise _Line("this call cannot be answered; open the page anew") from error
+
+
+class _Line(gr.Error):  # type: ignore[misc]
+    """What went wrong, without a trace in the log."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, print_exception=False)
+
+    def __str__(self) -> str:  # Gradio's has quotation marks, which MCP clients would be sent
+        return str(self.message)

@@ -13,7 +13,7 @@ from anyio import to_thread
 
 from training.errors import InputError
 from vse_app import limits
-from vse_app.api import MOST_UPLOADS, Api
+from vse_app.api import MOST_UPLOADS, Api, changing
 from vse_app.queries import Options, Query, check_text, condition_lines, parse_conditions
 from vse_app.search_engine import Facts
 from vse_app.web import calls, why
@@ -194,11 +194,11 @@ class SearchTab:
             return [gr.skip()] * 8  # what was typed meanwhile stays
         return [
             text,
-            max(1, _number(given.get("k"), _MOST_RESULTS + 1) or _RESULTS),
+            min(_MOST_RESULTS, max(1, _number(given.get("k"), limits.IDS) or _RESULTS)),
             "\n".join(given.getlist("where"))[: limits.TEXT],
-            bool(given.get("likely")),
-            bool(given.get("collapse")),
-            bool(given.get("querybank")) and self._service.corrects_hubs,
+            _is_on(given.get("likely")),
+            _is_on(given.get("collapse")),
+            _is_on(given.get("querybank")) and self._service.corrects_hubs,
             like,
             1,
         ]
@@ -214,7 +214,7 @@ class SearchTab:
             if action == "like" and record:
                 return search | {self.like: item, self.text: "", self.picture: None}
             if action == "remove" and record and not self._api.read_only:
-                await to_thread.run_sync(self._service.remove, [item])
+                await to_thread.run_sync(changing, self._service.remove, [item])
                 return search
             if action == "why" and record:
                 return {self.why: await why.why(self._api, record, (text or "").strip())}
@@ -234,8 +234,9 @@ class SearchTab:
                 refused.append(self._api.line(error))
         try:
             if pictures:
-                await to_thread.run_sync(self._service.add, pictures, Facts((caption or "").strip() or None))
-        except (*REFUSALS, OSError) as error:
+                facts = Facts((caption or "").strip() or None)
+                await to_thread.run_sync(changing, self._service.add, pictures, facts)
+        except REFUSALS as error:
             return [status(self._api.line(error), "error"), gr.skip(), gr.skip()]
         if len(files) > MOST_UPLOADS:
             refused.append(f"Send at most {MOST_UPLOADS} at a time; the rest was left out.")
@@ -250,6 +251,11 @@ def _address(request: gr.Request) -> str:
 def _another(again: int) -> tuple[int, None]:
     """A new search, and not for the like of anything."""
     return again + 1, None
+
+
+def _is_on(text: str | None) -> bool:
+    """Whether a parameter of a link switches something on; words for no are those of the API."""
+    return (text or "").strip().lower() not in ("", "0", "false", "f", "no", "n", "off")
 
 
 def _number(text: str | None, end: int) -> int | None:

@@ -12,7 +12,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from training.errors import InputError
-from vse_app.uploads import MAX_BYTES, read_upload
+from vse_app.uploads import MAX_BYTES, read_upload, too_large
 
 _GONE = "the picture is no longer on the server; send it again"
 
@@ -58,7 +58,9 @@ def read(path: str) -> Image.Image:
     except (OSError, ValueError) as error:
         raise InputError(_GONE) from error
     with os.fdopen(file, "rb") as opened:
-        data = opened.read(MAX_BYTES + 1)
+        if (size := os.fstat(file).st_size) > MAX_BYTES:
+            raise InputError(too_large(PurePath(path).name, size))
+        data = opened.read(MAX_BYTES)
     return read_upload(data, PurePath(path).name)
 
 
