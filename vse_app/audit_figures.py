@@ -22,6 +22,7 @@ from torch import Tensor
 from training.files import replacing
 from training.robustness.norms import FourierLInf, parse_norm
 from training.robustness.spectrum import radial_frequency, radial_mean
+from training.robustness.summary import unchanged
 from vse_app.audit_report import radius
 from vse_app.contact_sheet import FRAME, INK, PAPER
 from vse_app.figures import BLACK, BLUE, GREY, NORM_NAMES, ORANGE, new_figure, save_figure, tidy
@@ -80,8 +81,10 @@ def _warning(record: dict[str, Any]) -> str:
 
 
 def _values(points: Sequence[dict[str, Any]], figure: str, of: str = "value") -> NDArray[np.float64]:
-    """One figure at every ε; None, as JSON may have it, becomes NaN, which leaves a gap."""
-    return np.array([point[figure][of] for point in points], dtype=np.float64)
+    """One figure at every ε, with gaps: for None, as JSON may have it, and where no picture was changed."""
+    idle = [point["epsilon"] > 0 and point.get("changed") == 0 for point in points]
+    values = [None if gap else point[figure][of] for gap, point in zip(idle, points, strict=True)]
+    return np.array(values, dtype=np.float64)
 
 
 def _curves(record: dict[str, Any]) -> Any:
@@ -241,14 +244,19 @@ def _corruptions(record: dict[str, Any]) -> Any:
     if found is None:
         return None
     names, severities, clean = list(found["r1"]), list(next(iter(found["r1"].values()))), found["clean"]
-    values = np.array([[found["r1"][n][s]["value"] for s in severities] for n in names], dtype=np.float64)
+    idle = unchanged(found)  # a gap: what changed no picture measured nothing
+    values = np.array(
+        [[None if f"{n} {s}" in idle else found["r1"][n][s]["value"] for s in severities] for n in names],
+        dtype=np.float64,
+    )
     figure = new_figure(6.2, 1.9 + 0.3 * len(names))
     axes = figure.subplots()
     top = max(float(np.nanmax(values, initial=1)), clean["value"] or 0)
     picture = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if value > 0.55 * top else "black"
-        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9)
+        text = "unchanged" if np.isnan(value) else f"{value:.1f}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
     axes.set_xticks(range(len(severities)), severities)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.tick_params(length=0)
@@ -257,7 +265,8 @@ def _corruptions(record: dict[str, Any]) -> Any:
     bar = figure.colorbar(picture, ax=axes, label="R@1, %; the line is the clean one", pad=0.03)
     bar.ax.axhline(clean["value"], color="#d55e00", linewidth=3)
     bar.outline.set_visible(False)
-    means = f"clean R@1 {clean['value']:.1f} ({clean['low']:.1f} – {clean['high']:.1f}), mean {found['mean_r1']:.1f}"
+    mean = "–" if found["mean_r1"] is None else f"{found['mean_r1']:.1f}"
+    means = f"clean R@1 {clean['value']:.1f} ({clean['low']:.1f} – {clean['high']:.1f}), mean {mean}"
     figure.suptitle(f"{_heading(record)}\ncorruption, {found['queries']:,} queries: {means}", fontsize=9)
     return figure
 

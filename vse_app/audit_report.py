@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.files import replacing, write_text
+from training.robustness.summary import unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ BOUNDS = {
     "success": "attack success and rank shift are lower bounds of what an attacker can reach",
     "epsilon50": "ε50 is an upper bound of the radius that breaks half of the clean hits",
     "certified": "certified R@1 is a lower bound of what stays, and holds against every perturbation of the features",
-    "interval": "95 % percentile bootstrap over pictures",
+    "interval": "95 % intervals are exact: Clopper-Pearson over pictures, all captions of one counting once; for ε50 "
+    "those of the sign test",
     "space": "pixels in [0, 1] at the network's input size; 8-bit: the perturbed picture rounded, as an upload is",
 }
 
@@ -72,13 +74,28 @@ def _curve(found: dict[str, Any], norm: str, promote: bool) -> list[str]:
     for of in found["curve"]:
         r1, asr = of["r1"], [of[f"asr{k}"]["value"] for k in (1, 10)]
         shown = ["–" if rate is None else f"{rate:.1f}" for rate in asr]
+        eight = "–" if of["epsilon"] and of.get("changed_8bit") == 0 else f"{of['r1_8bit']['value']:.1f}"
         lines.append(
             f"  {radius(of['epsilon'], norm):>9}  {r1['value']:5.1f} {r1['low']:5.1f} – {r1['high']:5.1f} "
-            f"{of['r1_8bit']['value']:6.1f} {of['r5']['value']:6.1f} {of['r10']['value']:6.1f} {of['medr']:6.0f} "
+            f"{eight:>6} {of['r5']['value']:6.1f} {of['r10']['value']:6.1f} {of['medr']:6.0f} "
             f"{shown[0]:>10} {shown[1]:>6} {of['shift']['median']:8.0f} {of['shift']['p90']:7.0f}"
         )
     if not promote:
         lines.append(f"  area under R@1(ε), clean = 1: {found['area']:.3f}")
+    return [*lines, *_changed(found, norm)]
+
+
+def _changed(found: dict[str, Any], norm: str) -> list[str]:
+    """Radii at which some pictures stayed as they were, or are so again after rounding to 8 bits."""
+    lines = []
+    for counts, what in (("changed", "the attack changed"), ("changed_8bit", "rounding to 8 bits left changed")):
+        few = [
+            f"{of[counts]} at {radius(of['epsilon'], norm)}"
+            for of in found["curve"]
+            if of["epsilon"] and counts in of and of[counts] < found["pictures"]
+        ]
+        if few:
+            lines.append(f"  of {found['pictures']} pictures {what} {', '.join(few)}; with none, nothing was measured")
     return lines
 
 
@@ -95,7 +112,7 @@ def _epsilon50(found: dict[str, Any], norm: str) -> str:
 
 def _text(found: dict[str, Any]) -> list[str]:
     lines = [f"  {'':8}{'R@1':>6} {'95 %':^13} {'R@5':>6} {'R@10':>6} {'medR':>6} {'success@1':>10}"]
-    for name in ("clean", "attacked"):
+    for name in ("clean",) if unchanged(found) else ("clean", "attacked"):
         of = found[name]
         r1, asr = of["r1"], of["asr1"]["value"]
         lines.append(
@@ -103,18 +120,40 @@ def _text(found: dict[str, Any]) -> list[str]:
             f"{of['r10']['value']:6.1f} {of['medr']:6.0f} {'–' if asr is None else format(asr, '.1f'):>10}"
         )
     lines += [f"  “{of['caption']}” → “{of['edited']}”: rank {of['rank'] + 1}" for of in found["worst"][:3]]
+    if "editable" in found:
+        lines.append(f"  {edited(found)}")
     return lines
+
+
+def edited(found: dict[str, Any]) -> str:
+    """How many captions ``query-text`` could edit, and edited, in words."""
+    text = f"{found['changed']:,} of {found['queries']:,} captions were edited"
+    if not found["editable"]:
+        return f"{text}: none has a word that the rules let it edit, so nothing was measured"
+    return f"{text}; {found['queries'] - found['editable']:,} have no word that the rules let it edit"
 
 
 def _corruption(found: dict[str, Any]) -> list[str]:
     severities = list(next(iter(found["r1"].values())))
-    clean = found["clean"]
+    clean, idle = found["clean"], unchanged(found)
     lines = [f"  {'severity':20}" + "".join(f"{severity:>7}" for severity in severities)]
     for name, of in found["r1"].items():
-        lines.append(f"  {name:20}" + "".join(f"{of[severity]['value']:7.1f}" for severity in severities))
+        shown = ("–" if f"{name} {at}" in idle else f"{of[at]['value']:.1f}" for at in severities)
+        lines.append(f"  {name:20}" + "".join(f"{value:>7}" for value in shown))
+    mean = "–" if found["mean_r1"] is None else f"{found['mean_r1']:.1f}"
     relative = "" if found["relative"] is None else f", {found['relative']:.2f} of the clean one"
     interval = f"{clean['low']:.1f} – {clean['high']:.1f}"
-    lines.append(f"  clean R@1 {clean['value']:.1f} ({interval}); mean {found['mean_r1']:.1f}{relative}")
+    lines.append(f"  clean R@1 {clean['value']:.1f} ({interval}); mean {mean}{relative}")
+    if idle:
+        lines.append(f"  –: no picture was changed, so nothing was measured; not in the mean: {', '.join(idle)}")
+    few = [
+        f"{name} {severity}: {count}"
+        for name, counts in found.get("changed", {}).items()
+        for severity, count in counts.items()
+        if 0 < count < found["queries"]
+    ]
+    if few:
+        lines.append(f"  changed fewer than all {found['queries']} pictures: {', '.join(few)}")
     return lines
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from index.items import JSON
-from vse_app.audit_report import BOUNDS, TITLES, radius
+from training.robustness.summary import unchanged
+from vse_app.audit_report import BOUNDS, TITLES, edited, radius
 from vse_app.report_parts import Section, Table, measured_on, number, pictures, span
 
 FIGURES = {
@@ -64,13 +65,16 @@ def read_audit(into: Section, folder: Path, gallery: Mapping[str, JSON]) -> None
             into.tables.append(Table(said, ("ε", *RECALLS), tuple(rows)))
         elif name == "gallery-promote":
             rows = (
-                (radius(of["epsilon"], norm), *_interval(of["asr1"]), *_interval(of["asr10"])) for of in found["curve"]
+                (radius(of["epsilon"], norm), *_interval(of, "asr1"), *_interval(of, "asr10")) for of in found["curve"]
             )
             columns = ("ε", "success, rank 1", "95 %", "success, top 10", "95 %")
             into.tables.append(Table(said, columns, tuple(rows)))
         elif name == "query-text":
-            rows = ((level, *_recalls(found[level])) for level in ("clean", "attacked"))
+            levels = ("clean",) if unchanged(found) else ("clean", "attacked")
+            rows = ((level, *_recalls(found[level])) for level in levels)
             into.tables.append(Table(said, ("caption", *RECALLS), tuple(rows)))
+            if "editable" in found:
+                into.text.append(f"{name}: {edited(found)}.")
         if name == "query-image":
             title = f"ε50, which breaks half of the clean hits of {found['queries']:,} searches"
             into.facts.append((title, _epsilon50(found, norm)))
@@ -78,17 +82,26 @@ def read_audit(into: Section, folder: Path, gallery: Mapping[str, JSON]) -> None
             clean, ways = found["clean"], len(found["r1"])
             title = f"Degraded in {ways} natural ways, R@1 of {found['queries']:,} searches"
             into.facts.append((title, f"{number(found['mean_r1'])} on average, clean {number(clean['value'])}"))
+        if name != "query-text" and (idle := unchanged(found)):
+            into.text.append(f"{name}: nothing was changed, so nothing was measured, by {', '.join(idle)}.")
     _certificates(into, record["certificates"], where)
     into.text.append("; ".join(BOUNDS[name] for name in ("recall", "success", "certified")) + ".")
     pictures(into, folder, FIGURES, where)
 
 
 def _recalls(of: dict[str, Any]) -> tuple[str, ...]:
-    return *_interval(of["r1"]), *_interval(of["r5"]), *_interval(of["r10"]), number(of["medr"], 0)
+    cells = tuple(cell for name in ("r1", "r5", "r10") for cell in _interval(of, name))
+    return *cells, "–" if _idle(of) else number(of["medr"], 0)
 
 
-def _interval(of: dict[str, Any]) -> tuple[str, str]:
-    return number(of["value"]), span(of["low"], of["high"])
+def _idle(of: dict[str, Any]) -> bool:
+    """Whether an attack changed no picture, so that nothing was measured."""
+    return of.get("epsilon", 0) > 0 and of.get("changed") == 0
+
+
+def _interval(of: dict[str, Any], name: str) -> tuple[str, str]:
+    figure = of[name]
+    return ("–", "–") if _idle(of) else (number(figure["value"]), span(figure["low"], figure["high"]))
 
 
 def _epsilon50(found: dict[str, Any], norm: str) -> str:

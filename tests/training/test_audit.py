@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from training.evaluation.ranks import retrieval_ranks
 from training.models.dual_encoder import DualEncoder
 from training.models.features import encode_corpus
 from training.robustness import audit as audit_module
+from training.robustness import corruptions
 from training.robustness.audit import Audit, AuditConfig
 from training.robustness.balls import Ball
 from training.robustness.curves import AttackSettings, attack_curve, smallest_epsilon
 from training.robustness.norms import LINF, FourierLInf
 from training.robustness.spectrum import radial_frequency, radial_mean
+from vse_app.audit_report import format_report
 
 SMALL = AuditConfig(
     queries=24, others=8, epsilons=(1 / 255, 12 / 255, 24 / 255), steps=10, trials=3, severities=(3,), seed=1
@@ -79,11 +82,71 @@ def test_every_threat_bites(record: dict[str, Any]) -> None:
     assert 0 <= threats["corruption"]["mean_r1"] <= 100
 
 
-def test_all_thirteen_checks_are_there_and_decide(record: dict[str, Any]) -> None:
-    assert [check["number"] for check in record["checks"]] == list(range(1, 14))
+def test_all_fourteen_checks_are_there_and_decide(record: dict[str, Any]) -> None:
+    assert [check["number"] for check in record["checks"]] == list(range(1, 15))
     failed = [check for check in record["checks"] if not check["passed"]]
     assert record["trustworthy"] == (not failed)
-    assert not [check for check in failed if check["number"] in (1, 2, 3, 8, 9, 10, 11, 12)], failed
+    assert not [check for check in failed if check["number"] in (1, 2, 3, 8, 9, 10, 11, 12, 14)], failed
+
+
+def test_every_threat_says_what_it_changed(record: dict[str, Any]) -> None:
+    for name in audit_module.PICTURE_THREATS:
+        of = record["threats"][name]
+        count = len(of["ids"])
+        assert of["pictures"] == count
+        for counts in ("changed", "changed_8bit"):
+            assert [at[counts] for at in of["curve"]] == [0, *[count] * len(SMALL.epsilons)]
+    text = record["threats"]["query-text"]
+    assert 0 < text["changed"] <= text["editable"] <= len(text["ids"])
+    for severities in record["threats"]["corruption"]["changed"].values():
+        assert severities == {"3": SMALL.others}
+
+
+@pytest.fixture
+def no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "certify", lambda *args, **settings: {"reason": "not asked for"})
+
+
+@pytest.mark.parametrize("kind", ["attack", "corruption", "captions"])
+@pytest.mark.usefixtures("no_certificates")
+def test_what_changed_nothing_is_not_taken_for_robustness(
+    kind: str, model: DualEncoder, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threats = ("query-image", "query-text", "corruption")
+    config = replace(SMALL, threats=threats, queries=4, others=2, steps=2, trials=1)
+    if kind == "attack":  # less than float32 pixels can hold, and less than rounding to 8 bits leaves
+        config = replace(config, epsilons=(1e-12, 0.3 / 255, 0.1))
+    elif kind == "corruption":
+        idle = {**corruptions.CORRUPTIONS, "fog": lambda image, severity, generator: image + 1e-7}
+        monkeypatch.setattr(corruptions, "CORRUPTIONS", idle)
+        monkeypatch.setattr(audit_module, "CORRUPTIONS", idle)
+    else:
+        corpus = replace(corpus, captions=["一只 狗" if n % 2 else "a red box" for n in range(len(corpus.captions))])
+    found = Audit(model, corpus, config, tmp_path).run()
+    check = found["checks"][-1]
+    assert (check["number"], check["passed"], found["trustworthy"]) == (14, False, False)
+    image, text, damage = (found["threats"][name] for name in threats)
+    printed = format_report(found)
+    if kind == "attack":
+        assert [of["changed"] for of in image["curve"]] == [0, 0, 4, 4]
+        assert [of["changed_8bit"] for of in image["curve"]] == [0, 0, 0, 4]  # the pictures have whole grey levels
+        clean, _, *recalls = (of["r1"]["value"] for of in image["curve"])
+        radii = [0, *config.epsilons[1:]]
+        assert image["area"] == pytest.approx(np.trapezoid([clean, *recalls], radii) / (radii[-1] * clean))
+        assert "query-image (ε = 1e-12)" in check["explanation"]
+        assert re.search("of 4 pictures the attack changed 0 at .*; with none, nothing was measured", printed)
+        assert re.search("of 4 pictures rounding to 8 bits left changed 0 at .*, 0 at 0.3/255;", printed)
+        assert len(re.findall(r"/255 .*\d {6}– ", printed)) == 2  # where the column of 8 bits has no figure
+    elif kind == "corruption":
+        assert damage["changed"]["fog"] == {"3": 0}
+        others = [of["3"]["value"] for name, of in damage["r1"].items() if name != "fog"]
+        assert damage["mean_r1"] == pytest.approx(np.mean(others))
+        assert re.search(r"fog +–\n", printed)
+        assert "not in the mean: fog 3" in printed
+    else:
+        assert (text["editable"], text["changed"]) == (0, 0)
+        assert "0 of 2 captions were edited: none has a word" in printed
+        assert "  attacked" not in printed.split("query-text")[1].split("corruption")[0]
 
 
 def test_certified_never_exceeds_attacked(record: dict[str, Any]) -> None:
@@ -142,6 +205,7 @@ def test_spectrum_is_that_of_the_perturbations(
         assert (np.asarray(mean) >= 0.9 * epsilon * limits).all()
 
 
+@pytest.mark.usefixtures("no_certificates")
 def test_a_killed_audit_goes_on_and_ends_the_same(
     model: DualEncoder, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:

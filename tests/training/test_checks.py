@@ -54,6 +54,11 @@ RANKS = np.array([0, 3, 1])
         (11, lambda: checks.planted_pictures_are_found(1, 1), lambda: checks.planted_pictures_are_found(0, 0)),
         (12, lambda: checks.closed_form_is_reached(0.9991, "l2"), lambda: checks.closed_form_is_reached(0.99, "l2")),
         (13, lambda: checks.random_search_adds_nothing(0.2, 6), lambda: checks.random_search_adds_nothing(1, 6)),
+        (
+            14,
+            lambda: checks.threats_change_something({"query-text": [], "corruption": []}),
+            lambda: checks.threats_change_something({"query-text": [], "corruption": ["pixelate 1"]}),
+        ),
     ],
 )
 def test_each_check_can_fail(number: int, sound: Callable[[], Check], broken: Callable[[], Check]) -> None:

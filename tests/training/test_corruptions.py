@@ -310,6 +310,23 @@ class TestCorrupt:
         assert errors[0] > 5e-5
         assert all(weaker < stronger for weaker, stronger in itertools.pairwise(errors)), errors
 
+    @pytest.mark.parametrize("name", CORRUPTIONS)
+    @pytest.mark.parametrize("side", [32, 40, 64, 96, 128])
+    def test_small_pictures_are_corrupted_too(self, name: str, side: int) -> None:
+        """In grey levels, at every severity: what only rounds would look like a model that withstands it."""
+        images = (pictures(2, side, side + 3) * 255).round() / 255
+        for severity in SEVERITIES:
+            moved = (corrupt(images, name, severity) * 255).round() != (images * 255).round()
+            assert bool(moved.flatten(1).any(1).all()), severity
+
+    @pytest.mark.parametrize("name", ["pixelate", "gaussian_blur", "defocus_blur"])
+    @pytest.mark.parametrize("side", [32, 40, 48, 64, 96, 128, 224])
+    def test_lengths_are_ordered_at_every_size(self, name: str, side: int) -> None:
+        images = pictures(4, side, side)
+        errors = [float((corrupt(images, name, severity) - images).square().mean()) for severity in SEVERITIES]
+        assert errors[0] > 1e-5
+        assert all(weaker < stronger for weaker, stronger in itertools.pairwise(errors)), errors
+
     @pytest.mark.parametrize("name", ["gaussian_blur", "defocus_blur", "motion_blur", "zoom_blur", "snow", "fog"])
     def test_a_smaller_picture_looks_alike(self, name: str) -> None:
         images = pictures(2, 224, 256)

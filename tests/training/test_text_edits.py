@@ -235,6 +235,24 @@ def test_sample_gives_every_word_and_kind_a_share() -> None:
     assert min(lengths.count(-1), lengths.count(0), lengths.count(1)) >= 8
 
 
+@pytest.mark.parametrize(
+    ("caption", "budget", "editable"),
+    [
+        ("a red box", TextBudget(2), False),
+        ("the sea", TextBudget(2), False),
+        ("一只狗", TextBudget(2), False),
+        ("12345 !!", TextBudget(2), False),
+        ("a dark box", TextBudget(2), True),
+        ("the sea", TextBudget(0, 1), True),
+        ("sea", TextBudget(0, 1), False),
+    ],
+)
+def test_captions_that_the_rules_leave_alone_are_named(caption: str, budget: TextBudget, editable: bool) -> None:
+    found = attack_captions([caption, "a wooden bridge"], lambda t, r: np.zeros(len(t)), budget)
+    assert found.editable.tolist() == [editable, True]
+    assert found.edits.tolist() == [0, 0]  # nothing raised a margin, which is another thing
+
+
 def test_no_captions() -> None:
     found = attack_captions([], noise, TextBudget())
     assert (found.captions, found.queries, found.margins.shape, found.distances.shape) == ([], 0, (0,), (0,))

@@ -17,6 +17,7 @@ from training.errors import InputError
 from training.robustness import summary
 from training.robustness.corruptions import CORRUPTIONS
 from training.robustness.spectrum import radial_spectrum
+from vse_app import audit_figures
 from vse_app.audit_figures import write_figures
 
 EPSILONS = (0.0, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)
@@ -43,11 +44,6 @@ def audit() -> StubAudit:
     return StubAudit(SimpleNamespace(captions=captions, owner=np.arange(60) // 5))
 
 
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "RESAMPLES", 40)
-
-
 def curve(name: str, rng: np.random.Generator, queries: int, width: int = 1) -> dict[str, Any]:
     """Ranks that grow (of ``gallery-promote``: shrink) with ε, summarised as the audit does."""
     scale = np.array([4, 12, 40, 150, 700, 2500])[:, None, None]
@@ -55,7 +51,8 @@ def curve(name: str, rng: np.random.Generator, queries: int, width: int = 1) -> 
         scale = scale[::-1] // 4
     # One draw for all ε, so that the ranks are monotone.
     ranks = (scale * rng.exponential(0.6, (queries, width)) ** 2).astype(np.int64).clip(max=4999)
-    return {**summary.curve(EPSILONS, ranks, ranks, name), "ranks": ranks.tolist()}
+    changed = np.array([[0] + 5 * [queries]] * 2)
+    return {**summary.curve(EPSILONS, ranks, ranks, changed, name), "ranks": ranks.tolist()}
 
 
 def make_record(out: Path, audit: StubAudit, every: bool = True) -> dict[str, Any]:
@@ -85,7 +82,8 @@ def make_record(out: Path, audit: StubAudit, every: bool = True) -> dict[str, An
         threats["gallery-promote"] = curve("gallery-promote", rng, 50)
         parts: dict[str, dict[str, Any]] = {"clean": {"0": rng.integers(0, 3, (50, 1))}}
         parts |= {name: {s: rng.integers(0, 2 + int(s), (50, 1)) for s in "135"} for name in CORRUPTIONS}
-        threats["corruption"] = summary.corruptions([parts], [str(n) for n in range(50)])
+        changed = {name: dict.fromkeys("135", 50) for name in CORRUPTIONS}
+        threats["corruption"] = summary.corruptions([parts], [changed], [str(n) for n in range(50)])
         shares = ((0, 45.5, 45.5), (0.25, 38, 39), (0.5, 31.5, 33), (1, 22.5, 27), (2, 8, 14.5), (4, 0.5, 3.5))
         certificates = {}
         for name, median in (("linf", 0.00173), ("l2", 0.0612), ("l1", 1.94)):
@@ -159,6 +157,23 @@ def test_the_sheet_shows_input_attack_and_difference_where_there_are_files(audit
     for path in (tmp_path / "parts").iterdir():
         path.unlink()
     assert "flips.png" not in write_figures(record, audit, tmp_path)  # type: ignore[arg-type]
+
+
+def test_what_was_not_changed_is_a_gap(audit: StubAudit, tmp_path: Path) -> None:
+    record = make_record(tmp_path, audit)
+    assert "unchanged" not in [text.get_text() for text in audit_figures._corruptions(record).axes[0].texts]
+    record["threats"]["corruption"]["changed"]["fog"]["3"] = 0
+    heat = audit_figures._corruptions(record).axes[0]
+    assert [text.get_text() for text in heat.texts].count("unchanged") == 1
+    assert heat.images[0].get_array().mask.sum() == 1
+    for name in ("query-image", "gallery-owner", "gallery-promote"):
+        record["threats"][name]["curve"][2]["changed"] = 0
+    for axes in audit_figures._curves(record).axes:
+        assert [np.flatnonzero(np.isnan(line.get_ydata())).tolist() for line in axes.lines[:2]] == [[2], [2]]
+    for severities in record["threats"]["corruption"]["changed"].values():
+        severities.update(dict.fromkeys("135", 0))
+    record["threats"]["corruption"]["mean_r1"] = None
+    assert "corruptions.png" in write_figures(record, audit, tmp_path)  # type: ignore[arg-type]
 
 
 def test_what_is_missing_does_not_crash(audit: StubAudit, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -180,6 +181,33 @@ def test_trust_needs_every_check(run: Path) -> None:
     audit = read_report(run, None, GALLERY).audit
     assert audit.trustworthy is None
     assert "not checked" in audit.verdict
+
+
+def test_what_changed_nothing_is_said(run: Path) -> None:
+    record = audit_record()
+    assert "nothing was" not in str(read_report(run, None, GALLERY).audit)  # of older records it is not known
+    for name, of in record["threats"].items():
+        if "curve" in of:
+            of["curve"][1]["changed"] = 0
+        elif name == "query-text":
+            of |= {"changed": 0, "editable": 0}
+        else:
+            of |= {"changed": {"fog": {"1": 0, "3": 4}}, "mean_r1": None}
+    write(run / "audit" / "audit.json", record)
+    audit = read_report(run, None, GALLERY).audit
+    assert audit.notes == []
+    said = "\n".join(audit.text)
+    for name in ("query-image", "gallery-promote"):
+        assert re.search(f"{name}: nothing was changed, so nothing was measured, by ε = ", said), name
+    assert "none has a word that the rules let it edit, so nothing was measured" in said
+    assert "corruption: nothing was changed, so nothing was measured, by fog 1." in said
+    assert "– on average" in str(audit.facts)
+    edited = next(table for table in audit.tables if "query-text" in table.caption)
+    assert [row[0] for row in edited.rows] == ["clean"]
+    for table in audit.tables:
+        if table.columns[0] == "ε":
+            assert set(table.rows[1][1:]) == {"–"}
+            assert table.rows[0][1] != "–"
 
 
 def test_an_audit_of_other_weights_is_said(run: Path) -> None:

@@ -15,6 +15,7 @@ from training.robustness.checks import Check
 from training.robustness.curves import AttackSettings, Method, attack, embed_all
 from training.robustness.norms import L1, LINF, FourierLInf, Norm
 from training.robustness.retrieval_threats import QueryImage
+from training.robustness.summary import percent
 
 LARGE = 64 / 255
 """ε at which every search must fail, in ℓ∞."""
@@ -56,10 +57,10 @@ class Trials:
         ball = Ball(self.settings.norm, self.epsilon)
         return attack(threat or self.threat, self.images, ball, settings, start, goal=1)
 
-    def _broken(self, points: Tensor) -> float:
-        """Percent of the queries that do not rank first."""
+    def _broken(self, points: Tensor) -> int:
+        """How many of the queries do not rank first."""
         ranks = self.threat.ranks(embed_all(self.threat, points, self.settings.batch_size))
-        return 100 * float((ranks > 0).mean())
+        return int((ranks > 0).sum())
 
     def large_radius(self) -> Check:
         """Check 3; other norms get the radius that holds the ℓ∞ ball's corner, or a perturbation of its energy."""
@@ -70,23 +71,23 @@ class Trials:
             radius = LARGE / float(norm.steepest(noise).square().mean().sqrt())
         settings = replace(self.settings, method="apgd", steps=20, least=0)
         found = attack(self.threat, self.images, Ball(self.settings.norm, radius), settings, self.images, goal=1)
-        chance = 100 * float(self.threat.own.double().mean())
-        return checks.large_radius_breaks_everything(
-            100 - self._broken(found.points), chance, radius, len(self.images)
-        )
+        chance = percent(int(self.threat.own.sum()), self.threat.own.numel())
+        r1 = percent(len(self.images) - self._broken(found.points), len(self.images))
+        return checks.large_radius_breaks_everything(r1, chance, radius, len(self.images))
 
     def order(self) -> list[Check]:
         """Checks 4 and 5."""
         fgsm, pgd, own = self._attack(1, "fgsm"), self._attack(SHORT, "pgd"), self._attack(SHORT)
-        one, ten, adaptive = (self._broken(found.points) for found in (fgsm, pgd, own))
-        losses = float(fgsm.loss.mean()), float(pgd.loss.mean()), float(own.loss.mean())
         surrogate = noisy_copy(self.tower, self.settings.seed)
         transfer = self._attack(SHORT, threat=replace(self.threat, embed=surrogate))
         ball = Ball(self.settings.norm, self.epsilon)
         noise = ball.random(self.images, torch.Generator().manual_seed(self.settings.seed))
+        tried = fgsm.points, pgd.points, own.points, transfer.points, noise
+        one, ten, adaptive, others, random = (percent(self._broken(of), len(self.images)) for of in tried)
+        losses = float(fgsm.loss.mean()), float(pgd.loss.mean()), float(own.loss.mean())
         return [
             checks.stronger_attacks_do_more(one, ten, adaptive, losses),
-            checks.white_box_does_most(adaptive, self._broken(transfer.points), self._broken(noise)),
+            checks.white_box_does_most(adaptive, others, random),
         ]
 
     def repeat(self) -> Check:

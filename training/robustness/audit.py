@@ -24,7 +24,7 @@ from training.models.features import encode_corpus
 from training.robustness import checks, summary
 from training.robustness.attack_trials import Trials
 from training.robustness.corruptions import CORRUPTIONS, corrupt
-from training.robustness.curves import AttackSettings, attack_curve, embed_all, smallest_epsilon
+from training.robustness.curves import AttackSettings, attack_curve, count_changed, embed_all, smallest_epsilon
 from training.robustness.feature_space import certify
 from training.robustness.norms import check_radius, parse_norm
 from training.robustness.parts import Parts
@@ -34,7 +34,7 @@ from training.robustness.text_edits import TextBudget, attack_captions
 
 PICTURE_THREATS = ("query-image", "gallery-owner", "gallery-promote")
 THREATS = (*PICTURE_THREATS, "query-text", "corruption")
-FORMAT = 3
+FORMAT = 4
 """Of the parts: grows with what they record, so that older ones are not taken over."""
 CHUNK = 20
 """Queries that are attacked together, and lost together when the process is killed."""
@@ -149,7 +149,8 @@ class Audit:
         self.parts.expect(sum(map(len, plan.values())) + 1 + asked)
         parts = {name: [self.parts.get(*part) for part in plan[name]] for name in self.config.threats}
         threats = {name: self._summarise(name, of) for name, of in parts.items()}
-        verdicts = self.parts.get("checks", partial(self._checks, parts["query-image"])) if asked else []
+        checked = partial(self._checks, parts.get("query-image", []), threats)
+        verdicts = self.parts.get("checks", checked) if asked else []
         certificates = self.parts.get("certificates", self._certificates)
         self.parts.bar.close()
         return {
@@ -218,6 +219,7 @@ class Audit:
             "rows": rows,
             "ranks": curve.ranks.tolist(),
             "rounded": curve.rounded.tolist(),
+            "changed": curve.changed.tolist(),
             "violation": curve.violation,
             "flat": curve.flat,
             "passes": curve.passes,
@@ -289,6 +291,7 @@ class Audit:
             "ranks": [threat.ranks(texts).tolist(), threat.ranks(found.captions).tolist()],
             "texts": [list(pair) for pair in zip(texts, found.captions, strict=True)],
             "edits": np.asarray(found.edits).tolist(),
+            "editable": int(found.editable.sum()),
             "queries": int(found.queries),
         }
 
@@ -296,8 +299,9 @@ class Audit:
         images = self._fetch(rows)
         threat = self.threat("query-image", rows, images)
         ranks = {"clean": {"0": threat.ranks(embed_all(threat, images, self.settings.batch_size)).tolist()}}
+        changed: dict[str, dict[str, int]] = {}
         for name in CORRUPTIONS:
-            ranks[name] = {}
+            ranks[name], changed[name] = {}, {}
             for severity in self.config.severities:
                 # The row in the corpus decides the noise, so a chunk's size does not.
                 worse = torch.cat(
@@ -307,41 +311,19 @@ class Audit:
                     ]
                 )
                 ranks[name][str(severity)] = threat.ranks(embed_all(threat, worse, self.settings.batch_size)).tolist()
-        return {"rows": rows, "ranks": ranks}
+                # In grey levels: rounding by a filter that does nothing is no corruption.
+                changed[name][str(severity)] = count_changed((worse * 255).round(), (images * 255).round())
+        return {"rows": rows, "ranks": ranks, "changed": changed}
 
     def _summarise(self, name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
         ids = [row if isinstance(row, str) else self.corpus.image_ids[row] for part in parts for row in part["rows"]]
-        if name == "corruption":
-            return summary.corruptions([part["ranks"] for part in parts], ids)
-        ranks = summary.join([part["ranks"] for part in parts])
-        if name == "query-text":
-            pairs = [pair for part in parts for pair in part["texts"]]
-            return summary.text_edits(ranks, ids, pairs)
-        radii = (0.0, *self.config.epsilons)
-        found = summary.curve(radii, ranks, summary.join([part["rounded"] for part in parts]), name)
-        found |= {
-            "ids": ids,
-            "passes": sum(part["passes"] for part in parts),
-            "violation": max(part["violation"] for part in parts),
-            "flat": sum(part["flat"] for part in parts),
-            "ranks": ranks.tolist(),
-        }
-        if name == "query-image":
-            smallest = np.concatenate([part["epsilon50"] for part in parts])
-            cosines = np.concatenate([np.asarray(part["cosines"]) for part in parts], axis=1)
-            found |= summary.query_extras(smallest, cosines)
-            found["spectrum"] = summary.spectrum(
-                [part["spectra"] for part in parts], [len(part["rows"]) for part in parts]
-            )
-            flips = sorted((flip for part in parts for flip in part["flips"]), key=lambda flip: -flip["rank"])
-            found["flips"] = flips[:6]
-        return found
+        return summary.threat(name, parts, ids, (0.0, *self.config.epsilons))
 
-    def _checks(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """All thirteen, on what became of the query-image threat."""
+    def _checks(self, parts: list[dict[str, Any]], threats: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """All fourteen: on what became of the query-image threat, the last on every threat."""
         ranks = summary.join([part["ranks"] for part in parts])[..., 0]  # (E + 1, N)
         hits = ranks[0] == 0
-        rates = [100 * float((row[hits] > 0).mean()) if hits.any() else 0.0 for row in ranks]
+        rates = [summary.percent(int((row[hits] > 0).sum()), max(int(hits.sum()), 1)) for row in ranks]
         place = int(np.argmin(np.abs(np.asarray(rates[1:]) - 50))) + 1  # where the attack is neither sure nor hopeless
         epsilon = self.config.epsilons[place - 1]
 
@@ -362,6 +344,7 @@ class Audit:
             ),
             checks.gradients_are_alive(sum(part["flat"] for part in parts), len(ranks[0])),
             checks.perturbations_stay_inside(max(part["violation"] for part in parts)),
+            checks.threats_change_something({name: summary.unchanged(of) for name, of in threats.items()}),
         ]
         return [asdict(check) for check in sorted(found, key=lambda check: check.number)]
 

@@ -1,4 +1,4 @@
-"""Thirteen signs that an attack is broken; a model that only seems robust fails at least one of them.
+"""Fourteen signs that an attack is broken; a model that only seems robust fails at least one of them.
 
 They follow the advice of Carlini et al., *On Evaluating Adversarial Robustness* (2019), the flags that AutoAttack
 raises, and the active test of Zimmermann et al., *Increasing Confidence in Adversarial Robustness Evaluations* (2022).
@@ -7,7 +7,7 @@ Each function judges numbers that were measured elsewhere, and says in a sentenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,7 +35,7 @@ class Check:
     """A verdict.
 
     Attributes:
-        number: Its place in the list, 1 to 13.
+        number: Its place in the list, 1 to 14.
         name: What is asked for.
         passed: Whether it holds.
         explanation: What was measured, in plain words.
@@ -133,3 +133,14 @@ def random_search_adds_nothing(gain: float, tried: int) -> Check:
     """13: an attack without gradients does not succeed where gradients failed; if it does, they are masked."""
     text = f"square search adds {gain:.1f} points of success ({tried} unbroken searches tried)"
     return Check(13, "random search adds nothing", gain <= BLACK_BOX_GAIN, text)
+
+
+def threats_change_something(unchanged: Mapping[str, Sequence[str]]) -> Check:
+    """14: what changes no picture and no caption measures nothing, however robust the model then looks.
+
+    Args:
+        unchanged: For each threat the levels at which it changed nothing.
+    """
+    idle = [f"{threat} ({', '.join(levels)})" for threat, levels in unchanged.items() if levels]
+    text = f"nothing was changed by {'; '.join(idle)}" if idle else f"{', '.join(unchanged)}: something at every level"
+    return Check(14, "every threat changes something", not idle, text)

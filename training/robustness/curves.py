@@ -54,6 +54,7 @@ class Curve:
         points: For each ε the perturbed pictures ``(n, ...)``.
         ranks: int64 ``(E, n, P)``; -1 where a picture has fewer searches.
         rounded: The same after rounding the perturbed pictures to 8 bits, as an upload would.
+        changed: int64 ``(2, E)``; how many pictures differ from the clean ones, before and after that rounding.
         violation: Largest excess over a ball or a box.
         flat: Pictures at which some gradient was zero.
         passes: Forward passes over single pictures, with or without a backward one.
@@ -63,6 +64,7 @@ class Curve:
     points: list[Tensor]
     ranks: NDArray[np.int64]
     rounded: NDArray[np.int64]
+    changed: NDArray[np.int64]
     violation: float
     flat: int
     passes: int
@@ -72,6 +74,11 @@ class Curve:
 def embed_all(threat: Threat, images: Tensor, batch_size: int) -> Tensor:
     """Embeddings ``(n, D)``, always in the same batches, so that equal pictures get equal bits."""
     return torch.cat([threat.embed(part) for part in images.split(batch_size)])  # type: ignore[no-untyped-call]
+
+
+def count_changed(points: Tensor, images: Tensor) -> int:
+    """How many pictures differ from the clean ones in any bit."""
+    return int((points != images).flatten(1).any(1).sum())
 
 
 def attack_curve(threat: Threat, images: Tensor, epsilons: Sequence[float], settings: AttackSettings) -> Curve:
@@ -84,7 +91,7 @@ def attack_curve(threat: Threat, images: Tensor, epsilons: Sequence[float], sett
         settings: How hard.
     """
     zero = embed_all(threat, images, settings.batch_size)
-    points, ranks, rounded = [images], [threat.ranks(zero)], [threat.ranks(zero)]
+    points, ranks, rounded, changed = [images], [threat.ranks(zero)], [threat.ranks(zero)], [(0, 0)]
     violation, passes, flat = 0.0, 0, torch.zeros(len(images), dtype=torch.bool, device=images.device)
     before: Attacked | None = None
     below = 0.0
@@ -107,9 +114,11 @@ def attack_curve(threat: Threat, images: Tensor, epsilons: Sequence[float], sett
         ranks.append(reached)
         eight_bits = (found.points * 255).round() / 255
         rounded.append(threat.ranks(embed_all(threat, eight_bits, settings.batch_size)))
+        changed.append((count_changed(found.points, images), count_changed(eight_bits, images)))
         before, below = found, epsilon
     radii = (0.0, *epsilons)
-    return Curve(radii, points, np.stack(ranks), np.stack(rounded), violation, int(flat.sum()), passes)
+    counts = np.array(changed, dtype=np.int64).T
+    return Curve(radii, points, np.stack(ranks), np.stack(rounded), counts, violation, int(flat.sum()), passes)
 
 
 def attack(

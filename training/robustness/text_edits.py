@@ -71,7 +71,8 @@ class TextAttack:
     """What :func:`attack_captions` found for N captions; arrays ``(N,)``, int64 or float64.
 
     The edited and the clean margins are equal where no edit raised it. ``edits`` were made, ``distances`` are what
-    :func:`check_budget` measured, and ``queries`` texts were scored in all.
+    :func:`check_budget` measured, ``editable`` is False where the rules allow no edit, so that nothing was tried, and
+    ``queries`` texts were scored in all.
     """
 
     captions: list[str]
@@ -79,6 +80,7 @@ class TextAttack:
     clean_margins: NDArray[np.float64]
     edits: NDArray[np.int64]
     distances: NDArray[np.int64]
+    editable: NDArray[np.bool_]
     queries: int
 
 
@@ -196,6 +198,8 @@ def attack_captions(
             kinds = CHARACTER_KINDS * bool(left[row, 0]) + WORD_KINDS * bool(left[row, 1])
             random = Random(f"{seed} {turn} {captions[row]}")
             edits += ((row, edit) for edit in _sample(_distinct(pieces[row], kinds, synonyms), limit, random))
+        if turn == 1:
+            editable = np.isin(np.arange(len(captions)), [row for row, _ in edits])
         values = _score(margins, [text for _, (text, *_) in edits], [row for row, _ in edits], f"edit {turn}")
         queries += len(edits)
         chosen: dict[int, Kind] = {}
@@ -207,7 +211,7 @@ def attack_captions(
         active = list(chosen)
     texts = ["".join(text for text, _ in row) for row in pieces]
     made = budget.characters + budget.words - left.sum(axis=1)
-    return TextAttack(texts, best, clean, made, check_budget(captions, texts, budget), queries)
+    return TextAttack(texts, best, clean, made, check_budget(captions, texts, budget), editable, queries)
 
 
 def osa_distance(first: Sequence[str], second: Sequence[str]) -> int:
