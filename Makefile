@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench soak clean
 
 demo: .venv/installed
 	$(BIN)/vse demo
@@ -17,6 +17,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	for name in loss evaluation sampler; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --json docs/serving/soak.json
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
