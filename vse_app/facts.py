@@ -13,6 +13,7 @@ from typing import Any
 
 from index.errors import GalleryError
 from index.items import Item, check_item
+from training.data.corpus import text_fault
 from training.data.formats.records import parse_json, read_text, text_lines
 from training.errors import InputError
 from vse_app.indexing import Facts
@@ -47,13 +48,13 @@ def read_facts(path: Path) -> FactTable:
     for where, record in records:
         try:
             picture, facts = _read(record, path.parent)
-            key = os.path.realpath(picture)
-        except ValueError as error:
+        except InputError as error:
             table.problems.append(f"{where}: {error}")
             continue
+        key = os.path.realpath(picture)
         if key in seen:
-            table.problems.append(f"{where}: {record['image']} was there before, at {seen[key]}; this one counts")
-        seen[key] = where
+            table.problems.append(f"{where}: {record['image']} was there before, in {seen[key]}; this one counts")
+        seen[key] = where.removeprefix(f"{path}: ")
         table[picture] = facts
     return table
 
@@ -65,11 +66,10 @@ def _read(record: object, folder: Path) -> tuple[Path, Facts]:
     if caption is not None and not isinstance(caption, str):
         raise InputError(f"the caption {caption!r:.50} is no text; put it in quotes")
     metadata = {key: value for key, value in record.items() if key not in ("image", "caption")}
+    if fault := text_fault(image):
+        raise InputError(f"the image {image!r:.50} holds {fault}; correct it")
     try:
-        image.encode()
         check_item(Item("its", caption, 0, 0, "", metadata))
-    except UnicodeEncodeError as error:
-        raise InputError(f"the image {image!r:.50} is no file name; correct it") from error
     except GalleryError as error:
         raise InputError(str(error).removeprefix("its: ")) from error
     return folder / image, Facts(caption, metadata)

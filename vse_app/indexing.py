@@ -325,7 +325,10 @@ def _views(plan: Plan, transform: ImageTransform) -> Iterator[tuple[Item, Tensor
 
 
 def _refuse(report: AddReport, path: Path, error: ValueError, known: bool) -> None:
-    reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{os.path.realpath(path)}: ")
+    key = os.path.realpath(path)
+    reason = str(error)
+    for name in (f"{path}: ", f"{key}: ", f"{key!r}: "):
+        reason = reason.removeprefix(name)
     if known:
         reason += "; the gallery keeps what it knew before"
     report.quarantine.refused.append((path, reason))

@@ -7,7 +7,9 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from torchvision.transforms import functional as reference
 
 from training.data.image_folders import Quarantine, decode_all, find_images
 from training.data.image_transform import ImageTransform, _random_box
-from training.data.images import ImageFile, decode
+from training.data.images import ImageFile, decode, decode_bytes, raster_formats
 from training.errors import InputError
 
 
@@ -188,6 +190,13 @@ def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "missing.jpg")
 
 
+@pytest.mark.parametrize("address", ["http://example.com/x.jpg", "https://example.com/a//b.png", "s3://bucket/x.png"])
+def test_addresses_are_told_from_files(address: str) -> None:
+    for read in (decode, lambda path: find_images([path])):
+        with pytest.raises(InputError, match=f"{address.replace('a//b', 'a/b')}: an address, not a file; save"):
+            read(Path(address))
+
+
 @pytest.mark.parametrize("pillow_checks", [True, False])
 def test_decompression_bombs_are_refused_by_their_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pillow_checks: bool
@@ -200,6 +209,34 @@ def test_decompression_bombs_are_refused_by_their_header(
     assert "3000000000" in message or "60000x50000" in message
     (tmp_path / "small.png").write_bytes(png_header(6, 5))
     assert "cannot be decoded" in refusal(tmp_path / "small.png")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], None]]:
+    """Says what ``import pillow_heif`` gives; None is that it is not installed."""
+
+    def install(module: object) -> None:
+        monkeypatch.setitem(sys.modules, "pillow_heif", module)
+        raster_formats.cache_clear()
+
+    yield install
+    raster_formats.cache_clear()
+
+
+def test_heic_without_its_decoder_says_what_is_lacking(tmp_path: Path, installed: Callable[[object], None]) -> None:
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    (tmp_path / "called.jpg").write_bytes(data)
+    installed(None)
+    assert "a HEIC picture; pip install 'vse-app[heic]' to read it" in refusal(tmp_path / "called.jpg")
+    with pytest.raises(InputError, match="sent: not a readable picture"):  # who sends it cannot install anything here
+        decode_bytes(data, "sent", 10**6, ("JPEG", "PNG"))
+
+
+def test_heic_is_let_in_with_its_decoder(installed: Callable[[object], None]) -> None:
+    registered: list[None] = []
+    installed(SimpleNamespace(register_heif_opener=lambda: registered.append(None)))
+    raster_formats()
+    assert registered == [None]
 
 
 def test_nothing_of_pillow_reaches_the_terminal(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ RECORDS = {
     "half a character in a caption": ('{"image": "a.jpg", "caption": "\\ud83d"}', "half a character"),
     "half a character in a field": ('{"image": "a.jpg", "x": ["\\ud83d"]}', "half a character"),
     "half a character in a name": ('{"image": "a.jpg", "\\ud83d": 1}', "half a character"),
-    "half a character in the image": ('{"image": "\\ud83d.jpg"}', "no file name"),
-    "NUL in the image": ('{"image": "a\\u0000.jpg"}', "null"),
+    "half a character in the image": ('{"image": "\\ud83d.jpg"}', "the image '"),
+    "NUL in the image": ('{"image": "a\\u0000.jpg"}', "the image '"),
     "NUL in a caption": ('{"image": "a.jpg", "caption": "a\\u0000b"}', "NUL"),
     "NUL in a field": ('{"image": "a.jpg", "x": "a\\u0000b"}', "NUL"),
     "a caption that is no text": ('{"image": "a.jpg", "caption": 1.10}', "no text"),
@@ -122,8 +122,7 @@ def test_a_picture_named_twice_is_told(tmp_path: Path) -> None:
     table = read_facts(tmp_path / "f.csv")
     assert [facts.caption for facts in table.values()] == ["first", "other", "second"]
     [problem] = table.problems
-    assert "line 4: ./b/../a.jpg was there before" in problem
-    assert "line 2" in problem
+    assert "line 4: ./b/../a.jpg was there before, in line 2;" in problem
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c"])

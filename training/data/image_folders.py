@@ -10,14 +10,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from training.data.images import raster_formats, read_picture
+from training.data.images import missing, raster_formats, read_picture
 from training.errors import InputError, printable
 
 SYSTEM_FOLDERS = frozenset(
     {
         *("@eadir", "@recycle", "@recently-snapshot", "@sharebin", "@tmp", "@transcode", "@__thumb", ".@__thumb"),
         *("#recycle", "#snapshot", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000"),
-        *("lost+found", "lost.dir", "__macosx", "network trash folder", "temporary items"),
+        *("thumbnails", "lost+found", "lost.dir", "__macosx", "network trash folder", "temporary items"),
     }
 )
 """Names, in small letters, of folders in which storage and desktop systems keep previews and what was deleted."""
@@ -90,7 +90,7 @@ def find_images(paths: Iterable[Path]) -> Listing:
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
     for path in paths:
         if not os.path.lexists(path):
-            raise InputError(f"{path}: no such file or folder; check the path")
+            raise missing(path, "file or folder")
         if os.path.isdir(path):
             found |= dict.fromkeys(_walk(path, suffixes, listing))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import warnings
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ _TO_UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _UNREADABLE = "not a readable picture; convert it to JPEG or PNG, or remove it"
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
@@ -166,8 +168,7 @@ def read_file(path: Path) -> FileContent:
         data = path.read_bytes() if usable else b""
         after = path.stat()
     except FileNotFoundError as error:
-        what = "a link to a missing file; mend or remove it" if path.is_symlink() else "no such file; check the path"
-        raise InputError(f"{path}: {what}") from error
+        raise missing(path, "file") from error
     except PermissionError as error:
         raise InputError(f"{path}: {error.strerror}; make it readable or leave it out") from error
     except OSError as error:
@@ -183,6 +184,16 @@ def read_file(path: Path) -> FileContent:
     if len(data) != after.st_size or _identity(before) != _identity(after):
         raise InputError(f"{path}: changed while it was read; try again when it is complete")
     return FileContent(path, data, after.st_mtime_ns)
+
+
+def missing(path: Path, what: str) -> InputError:
+    """The error for a path at which there is not what there should be."""
+    if path.is_symlink():
+        return InputError(f"{path}: a link to a missing file; mend or remove it")
+    if _ADDRESS.match(str(path)):
+        address = str(path).replace(":/", "://", 1)  # as it was before it was taken for a path
+        return InputError(f"{address}: an address, not a file; save the picture and name its file")
+    return InputError(f"{path}: no such {what}; check the path")
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
@@ -213,7 +224,8 @@ def _decode(
         return upright, notes
     except UnidentifiedImageError as error:
         heic = data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS
-        what = "a HEIC picture; pip install 'vse-app[heic]' to read it" if heic else _UNREADABLE
+        lacking = heic and "HEIF" not in formats and tuple(formats) == raster_formats()
+        what = "a HEIC picture; pip install 'vse-app[heic]' to read it" if lacking else _UNREADABLE
         raise InputError(f"{name}: {what}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name}: too large to decode safely ({error}); shrink or remove it") from error
@@ -250,7 +262,7 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    exif = image.info.get("exif", b"")
+    exif = image.info.get("exif") or b""
     if not exif and (text := image.info.get("Raw profile type exif")):  # as ImageMagick writes it into PNG
         exif = bytes.fromhex("".join(text.split("\n")[3:]))
     check_exif(exif)
