@@ -100,12 +100,11 @@ def _add(args: argparse.Namespace) -> None:
     if not exists and not listing.files and listing.lines():
         raise InputError(f"{args.gallery}: not made, as there are no pictures for it; {listing.lines()[0]}")
     if exists or not args.dry_run:
-        # What only looks need not wait for the one who writes.
-        with (
-            SearchEngine.open(args.gallery)
-            if args.dry_run
-            else SearchEngine.open_or_create(args.gallery, args.model) as engine
-        ):
+        if args.dry_run:  # who only looks need not wait for one who writes
+            opened = SearchEngine.open(args.gallery)
+        else:
+            opened = SearchEngine.open_or_create(args.gallery, args.model)
+        with opened as engine:
             report = engine.add(listing, facts, dry_run=args.dry_run, force=args.force)
             total = len(engine.gallery)
             slow = engine.gallery.metric == "cosine" and total > EXACT_UP_TO and not engine.gallery.curve()
