@@ -16,7 +16,7 @@ from training.data.corpus import Corpus
 from training.data.formats import available_splits, read_corpus
 from training.data.images import ImageFile, read_picture
 from training.data.text import WordTokenizer, split_words
-from training.errors import InputError
+from training.errors import InputError, printable
 from training.models.config import TextTowerConfig
 
 DEFAULTS = TextTowerConfig()
@@ -78,8 +78,8 @@ class DataReport:
             lines.append(
                 f"{s.split:12}{s.images:9,}{s.captions:10,}{each:>11}{s.median_words:7.0f}{s.longer_than_max_tokens:6}"
             )
-        lines += [f"problem  {problem}" for problem in self.problems]
-        lines += [f"note     {where}: {note}" for where, note in self.notes]
+        lines += [printable(f"problem  {problem}") for problem in self.problems]
+        lines += [printable(f"note     {where}: {note}") for where, note in self.notes]
         lines.append("no problems" if not self.problems else f"{len(self.problems)} problems")
         return "\n".join(lines)
 
@@ -108,11 +108,12 @@ def check_data(data: str, split: str | None) -> DataReport:
         tokenizer = WordTokenizer.fit(fitted.captions, DEFAULTS.min_count)
         report.splits += [_summary(corpus, tokenizer) for corpus in corpora]
         report.notes += _caption_notes(report.splits, fitted, tokenizer)
+    # Two pictures may be one, stored in two formats.
     report.problems += [
         f"{corpus.name} [{corpus.split}]: all {len(corpus.image_ids)} pictures say {corpus.captions[0]!r}; "
         "caption each"
         for corpus in corpora
-        if len(corpus.image_ids) > 1 and len(set(corpus.captions)) == 1
+        if len(corpus.image_ids) > 2 and len(set(corpus.captions)) == 1
     ]
     _check_pictures(corpora, report)
     return report

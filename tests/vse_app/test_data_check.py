@@ -90,8 +90,10 @@ def test_a_copy_in_the_same_split_is_noted(root: Path, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pictures_that_all_say_the_same_are_a_problem(root: Path, layout: Layout) -> None:
-    (problem,) = check_data(layout(root, [(name, "a dog", split) for name, _, split in ROWS]), None).problems
-    assert problem.endswith("[train]: all 2 pictures say 'a dog'; caption each")
+    picture(root / "images" / "3.png", 3)
+    rows = [(name, "a dog", split) for name, _, split in [*ROWS, ("3.png", "", "train")]]
+    (problem,) = check_data(layout(root, rows), None).problems
+    assert problem.endswith("[train]: all 3 pictures say 'a dog'; caption each")
 
 
 def test_sentences_of_several_pictures_are_counted(root: Path) -> None:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from training.data.corpus import Corpus, concatenate, text_fault
 from training.data.formats import coco_annotations, dedup, folder, karpathy, precomputed
-from training.errors import InputError
+from training.errors import InputError, printable
 
 _READERS: dict[str, ModuleType] = {
     "karpathy": karpathy,
@@ -44,7 +44,7 @@ def load_corpus(spec: str, split: str) -> Corpus:
     """
     corpus = read_corpus(spec, split)
     for note in corpus.notes[:_NOTES_SAID]:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     if len(corpus.notes) > _NOTES_SAID:
         print(f"{len(corpus.notes) - _NOTES_SAID} more such notes; `vse data check {spec}` has all", file=sys.stderr)
     return corpus

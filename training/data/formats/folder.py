@@ -25,7 +25,7 @@ from training.data.formats.records import (
 )
 from training.data.image_folders import SYSTEM_FOLDERS, find_images
 from training.data.images import ImageFile
-from training.errors import InputError
+from training.errors import InputError, printable
 
 _IMAGE_COLUMNS = ("image", "filename", "file", "image_name")
 _CAPTION_COLUMNS = ("caption", "text", "comment")
@@ -64,7 +64,7 @@ def read(directory: Path, split: str) -> Corpus:
     rows_of = _rows_by_picture(directory, notes)
     paths = list(rows_of)
     chosen = [paths[i] for i in in_split([_split(rows_of[path], path) for path in paths], split, directory)]
-    image_ids = [_printable(path.relative_to(directory).as_posix()) for path in chosen]
+    image_ids = [printable(path.relative_to(directory).as_posix()) for path in chosen]
     captions = [(i, j, row) for i, path in enumerate(chosen) for j, row in enumerate(rows_of[path])]
     return Corpus(
         name=f"folder:{directory.resolve().name}",
@@ -95,11 +95,6 @@ def split_of(file_name: str) -> str:
 
 def _split(rows: list[_Row], path: Path) -> str:
     return rows[0].split or split_of(path.name)
-
-
-def _printable(name: str) -> str:
-    """A file's name, with bytes that are no UTF-8 written as ``\\xe9``."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _rows_by_picture(directory: Path, notes: list[str]) -> dict[Path, list[_Row]]:
