@@ -177,10 +177,8 @@ def add_pictures(gallery: Gallery, model: Callable[[], DualEncoder], plan: Plan)
             except GalleryError as error:
                 if not done:
                     raise
-                told = (
-                    f"{done} of {len(plan.new)} pictures were added, the others were not, {error.__cause__ or error}"
-                )
-                raise GalleryError(f"{gallery.directory}: {told}; make room and add them again") from error
+                told = f"{gallery.directory}: {done} of {len(plan.new)} pictures were added, the others were not"
+                raise GalleryError(f"{told}, {error.__cause__ or error}; make room and add them again") from error
     return plan.report
 
 

@@ -30,6 +30,7 @@ from vse_app.indexing import Facts as Facts
 from vse_app.indexing import add_pictures, plan_pictures
 from vse_app.queries import Options, Query, embed, item_id, told
 from vse_app.text_cache import TextCache
+from vse_app.uploads import tidy_uploads
 
 _HUB_DEPTH = 10  # hubness correction ranks anew so many times as many results as are wanted
 _HITS = 1 << 22  # hits held at once, 50 MB
@@ -94,6 +95,8 @@ class SearchEngine:
         """
         with ExitStack() as resources:
             gallery = resources.enter_context(Gallery.open(directory, writable=writable))
+            if writable:
+                tidy_uploads(gallery)
             encoder = named_model(model)
             engine = cls(gallery, encoder, bfloat16=bfloat16)
             if model and encoder:

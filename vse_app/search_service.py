@@ -26,7 +26,7 @@ from vse_app.latency import Latency
 from vse_app.limits import Busy
 from vse_app.queries import Options, Query, check_text, told
 from vse_app.search_engine import Facts, Result, SearchEngine
-from vse_app.uploads import current_upload, keep_upload, tidy_uploads
+from vse_app.uploads import UPLOADS, current_upload, keep_upload, tidy_uploads
 
 TOGETHER = 32
 """So many queries are embedded and searched for together at most."""
@@ -85,7 +85,7 @@ class SearchService:
 
     def __init__(self, directory: Path, latency: Latency | None = None, *, bfloat16: bool = False) -> None:
         self.directory = directory
-        self.uploads = directory / "uploads"
+        self.uploads = directory / UPLOADS
         self.latency = latency or Latency()
         self._engine = SearchEngine.open(directory, bfloat16=bfloat16)
         try:
@@ -200,7 +200,7 @@ class SearchService:
         with self._changing, Gallery.open(self.directory, writable=True) as gallery:
             gallery.check_model(self.checksum)
             if not self._tidy:
-                tidy_uploads(gallery, self.uploads)
+                tidy_uploads(gallery)
                 self._tidy = True
             yield gallery
 

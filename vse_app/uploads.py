@@ -30,6 +30,8 @@ SIDE = 1600
 """Longer pictures are shrunk to this when kept: far more than any image tower looks at."""
 MOST_NESTED = 32
 """Levels of metadata; SQLite, which reads it for every condition, stops at 1000."""
+UPLOADS = "uploads"
+"""Folder of a gallery for the pictures of :func:`keep_upload`."""
 _KEPT = re.compile(r"[0-9a-f]{24}\.jpg")
 
 
@@ -97,17 +99,16 @@ def current_upload(path: Path, folder: Path) -> Path:
     return here if _KEPT.fullmatch(path.name) and path.parent.name == folder.name and here.exists() else path
 
 
-def tidy_uploads(gallery: Gallery, folder: Path) -> None:
+def tidy_uploads(gallery: Gallery) -> None:
     """Delete pictures that a killed server kept and did not add, and let items know where theirs were moved to.
 
     Args:
         gallery: Open for writing.
-        folder: The folder given to :func:`keep_upload`.
 
     Raises:
         GalleryError: If the disk is full.
     """
-    folder = folder.resolve()
+    folder = (gallery.directory / UPLOADS).resolve()
     recover(folder)
     orphans = {path for path in folder.glob("*.jpg") if _KEPT.fullmatch(path.name)}
     moved: dict[Path, int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +79,19 @@ def test_pictures_within_a_gallery_are_known_wherever_it_is(place: Place) -> Non
         assert engine.gallery.remove([one]) == 1
 
 
-def test_a_picture_that_a_killed_server_kept_goes_with_the_next_change(place: Place) -> None:
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "the next server": lambda gallery: serve_once(gallery),
+    "the next writer": lambda gallery: SearchEngine.open(gallery, writable=True).close(),
+}
+
+
+def serve_once(gallery: Path) -> None:
+    with SearchService(gallery) as service:
+        service.tidy()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_picture_that_a_killed_server_kept_goes_with_the_next_one(change: str, place: Place) -> None:
     with SearchService(place.gallery) as service:
         (known,) = service.add([pixels(100)], Facts())
         kept = uploads(place.gallery)
@@ -89,9 +101,9 @@ def test_a_picture_that_a_killed_server_kept_goes_with_the_next_change(place: Pl
     half.write_bytes(b"half")
     foreign = folder / "mine.jpg"
     foreign.touch()
+    CHANGES[change](place.gallery)
+    assert uploads(place.gallery) == kept | {foreign.name}
     with SearchService(place.gallery) as service:
-        service.tidy()
-        assert uploads(place.gallery) == kept | {foreign.name}
         assert service.add([pixels(101)], Facts()) == [known + 1]
         assert uploads(place.gallery) == kept | {foreign.name, orphan.name}
         service.tidy()
