@@ -206,8 +206,8 @@ def other_array(entry: Path) -> None:
 
 
 DAMAGES = [
-    *(flip("values.npy", position) for position in (0, 7, 20, 37, 52, 64, 127, 128, 129, 500, -1)),
-    *(flip("progress.json", position) for position in (*range(0, 200, 11), -1)),
+    *(flip("values.npy", position) for position in (0, 7, 37, 64, 128, 500, -1)),
+    *(flip("progress.json", position) for position in (*range(0, 200, 23), -1)),
     *(write("progress.json", content) for content in (b"", b"[]", b"null", b"{}", b"\xff", b"[" * 50_000)),
     write("progress.json", b'{"rows": 30, "label": "of an earlier version"}'),
     *(write("values.npy", content) for content in (b"", b"\x93NUMPY", b"not an array")),

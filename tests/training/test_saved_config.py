@@ -13,6 +13,7 @@ import torch
 from tiny_hub import save_encoder, save_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from training.data.text import HubTokenizer, WordTokenizer
 from training.errors import InputError
@@ -196,3 +197,17 @@ def test_a_vocabulary_of_other_types_is_one_line(
     record = json.loads((folder / "vocabulary.json").read_text())
     (folder / "vocabulary.json").write_text(json.dumps(record | change))
     assert "vocabulary" in refusal(folder)
+
+
+def test_a_frozen_encoder_gets_pictures_cut_as_in_training(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = save_encoder(tmp_path / "vit", ViTModel, ViTConfig(**sizes, image_size=32, patch_size=16))
+    side = {"height": 32, "width": 32}
+    ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.2] * 3).save_pretrained(encoder)
+    towers = ModelConfig(ImageTowerConfig(f"hf:{encoder}", frozen=True), TextTowerConfig(min_count=1), dim=16)
+    model = DualEncoder(towers, WordTokenizer.fit(["a dog"], 1)).eval()
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size=side, image_mean=[0.9] * 3, image_std=[0.1] * 3).save_pretrained(encoder)
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    loaded = DualEncoder.from_pretrained(tmp_path / "model", "cpu")
+    assert torch.equal(loaded.image_tower(pixels), model.image_tower(pixels))

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from training.errors import InputError
 
@@ -156,7 +157,10 @@ class Corpus:
             for start in range(0, len(self.features), 1024):  # they may be larger than the memory
                 digest.update(self.features[start : start + 1024].tobytes())
             return digest.hexdigest()
-        parts = self.captions if side == "text" else [source.fingerprint for source in self.images]
+        parts = self.captions
+        if side == "image":
+            bar = tqdm(self.images, desc="read", unit="image", delay=2, leave=False, disable=None)
+            parts = [source.fingerprint for source in bar]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()  # no part holds a NUL
 
 
