@@ -82,6 +82,9 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which ends connections whose clients are late, and itself in time.
 
+    Attributes:
+        interrupted: Whether it was told to end by a signal.
+
     Args:
         config: uvicorn's.
         stopped: Called in a thread of its own if the server has not ended that many seconds after it was told to.
@@ -90,6 +93,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, stopped: Callable[[], None], within: float) -> None:
         super().__init__(config)
+        self.interrupted = False
         self._stop = threading.Timer(within, stopped)
         self._stop.daemon = True
 
@@ -103,7 +107,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End, whatever threads are at work."""
-        if not self.should_exit:
+        if not self.interrupted:
+            self.interrupted = True
             self._stop.start()
         super().handle_exit(sig, frame)
 

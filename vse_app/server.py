@@ -6,8 +6,9 @@ import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -166,11 +167,16 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
         ready(f"http://{host}:{listener.getsockname()[1]}/")
         server.run(sockets=[listener])
+    if server.interrupted:  # taking the interpreter apart would take seconds, for nothing
+        _end(scratch)
 
 
 def _end(scratch: str) -> None:
     """Threads that decode or search cannot be interrupted; what they do is written in one step, or not at all."""
     shutil.rmtree(scratch, ignore_errors=True)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()
     os._exit(0)
 
 

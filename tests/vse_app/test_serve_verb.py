@@ -14,6 +14,7 @@ from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfi
 from training.models.dual_encoder import DualEncoder
 from vse_app.cli import main
 from vse_app.search_engine import identity
+from vse_app.server import Serving
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -62,6 +63,34 @@ def test_a_port_that_is_taken(gallery: Path, capsys: pytest.CaptureFixture[str])
         taken.listen()
         port = taken.getsockname()[1]
         assert "choose another --host or --port" in refused(capsys, str(gallery), "--port", str(port))
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "99999", str(10**30)])
+def test_no_such_port(port: str, gallery: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "choose one from 1 to 65535" in refused(capsys, str(gallery), f"--port={port}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--allow-host", "http://a.test"), ("--allow-host", ""), ("--trusted-proxy", "nginx")]
+)
+def test_no_such_name(flag: str, value: str, gallery: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert repr(value) in refused(capsys, str(gallery), f"{flag}={value}")
+
+
+@pytest.mark.parametrize(
+    ("options", "local"),
+    [
+        ({}, True),
+        ({"host": "::1"}, True),
+        ({"host": "127.0.0.2"}, True),
+        ({"host": "0.0.0.0"}, False),
+        ({"host": "::"}, False),
+        ({"allowed_hosts": ("photos.home",)}, False),  # whoever asks under a name comes through a proxy
+        ({"trusted_proxies": ("127.0.0.1",)}, False),
+    ],
+)
+def test_who_is_told_where_files_lie(options: dict[str, Any], local: bool, gallery: Path) -> None:
+    assert Serving(gallery, **options).local is local
 
 
 def test_without_gradio(gallery: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
