@@ -134,7 +134,8 @@ class ApproximateIndex:
     def held(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of the ids, int64 ``(M,)``, that are here and not removed, each once and ascending."""
         positions = self._positions(ids)
-        return np.unique(self.ids[positions[self._alive[positions]]])
+        held: NDArray[np.int64] = self.ids[positions[self._alive[positions]]]
+        return held if (held[1:] > held[:-1]).all() else np.unique(held)
 
     def blocks(self, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]] | None:
         """These ids, int64 ``(M,)``, all of them here, with their vectors; None if those are kept in no such form."""

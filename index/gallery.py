@@ -26,7 +26,7 @@ from index.manifest import KINDS, NAME, Manifest, Part
 from index.searcher import CURVE, Searcher, index_lag, read_curve
 from index.segment import check_part
 from index.snapshot import Snapshot
-from index.vector_index import SearchHits, as_ids, as_rows, check_unit, checked_k
+from index.vector_index import SearchHits, as_ids, as_queries, as_rows, check_unit, checked_k, is_among
 
 REFILL_AT = 10_000, 0.1
 """A tuned index is written again once so many items, and this share, are not in its file but added at opening."""
@@ -222,7 +222,7 @@ class Gallery:
             if len(set(paths)) < len(paths):
                 raise GalleryError(f"{self.directory}: a path occurs twice among the items; give each path once")
             ids = np.array(sorted(items), np.int64)
-            if len(missing := np.setdiff1d(ids, self.snapshot.ids())):
+            if len(missing := ids[~is_among(ids, self.snapshot.ids())]):
                 raise GalleryError(f"{self.directory}: has no item {missing[0]}; it may have been removed")
             self._commit(changes.removed(self.snapshot, np.setdiff1d(self.snapshot.ids_of(paths), ids)))
             self._commit(changes.updated(self.snapshot, items))
@@ -288,9 +288,12 @@ class Gallery:
             allowed: int64 ``(M,)``; only these ids may be found. None allows all. If they are few, each is compared.
 
         Raises:
-            GalleryError: If ``k`` is below 1, a query is not finite, or its dimensions are not the gallery's.
+            GalleryError: If ``k`` is below 1, a query is not finite or, for ``cosine``, no unit vector, or its
+                dimensions are not the gallery's.
         """
         k = min(checked_k(k), max(1, len(self)))
+        if self.metric == "cosine":
+            check_unit(as_queries(vectors, self.dim, k), "query {}".format)
         return self._searching().nearest(vectors, k, None if allowed is None else as_ids(allowed))
 
     def search(

@@ -39,7 +39,7 @@ def contents(gallery: Gallery) -> dict[str, tuple[Item, bytes]]:
     return {item.path: (item, row.tobytes()) for (_, item), row in zip(items, rows, strict=True)}
 
 
-words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 json_values = st.recursive(
     st.none()
     | st.booleans()

@@ -181,6 +181,9 @@ def test_vectors_that_do_not_fit_are_refused(gallery: Gallery) -> None:
             gallery.search(np.full((1, DIM), np.nan, np.float32), 1)
         with refused("k is 0"):
             gallery.search(vectors(0, 1), 0)
+        for wrong in (0, 0.5, 3, 1e18):
+            with refused("query 1: its vector has length .* where cosine needs 1"):
+                gallery.search(vectors(0, 2) * np.array([[1], [wrong]], np.float32), 1)
 
 
 def test_create_refuses_an_existing_gallery_and_nonsense(gallery: Gallery, tmp_path: Path) -> None:
