@@ -19,6 +19,7 @@ bench: .venv/installed
 	for name in loss evaluation sampler; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 soak: .venv/installed
+	$(BIN)/python -m pytest -m soak -rP
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --json docs/serving/soak.json
 
 .venv/installed: pyproject.toml

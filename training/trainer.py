@@ -123,7 +123,8 @@ class Trainer:
         self.validations_since_best = 0
         self.seconds = 0.0
         self._started = time.monotonic()
-        recover(self.out)
+        for folder in (self.out, (self.out / STATE_FILE).parent):
+            recover(folder)
         self._log = RunLog(self.out, config.tensorboard)
         if resume:
             self._restore()

@@ -172,6 +172,17 @@ def test_a_full_disk_leaves_the_previous_state_and_ends_in_one_line(
     assert list(state.parent.iterdir()) == [state]
 
 
+def test_what_a_killed_run_left_unfinished_goes_when_it_is_resumed(config: Config) -> None:
+    Trainer(config).fit()
+    out = Path(config.out)
+    before = sorted(out.rglob("*"))
+    (out / f".{os.getpid()}.tmp").mkdir()
+    for folder in (out / f".{os.getpid()}.tmp", out / "state"):
+        (folder / f".last.safetensors.{os.getpid()}.tmp").write_bytes(b"half")
+    Trainer(config, resume=True).fit()
+    assert sorted(out.rglob("*")) == before
+
+
 @pytest.mark.parametrize("damage", ["shorter", "zeros", "gone", "longer"])
 def test_a_damaged_log_is_kept_up_to_its_last_whole_record(
     damage: str, config: Config, capsys: pytest.CaptureFixture[str]
