@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
 import shutil
@@ -29,6 +31,7 @@ from vse_app.search_service import SearchService
 
 PUBLIC_RATE = 20.0
 """Requests a second from one address, where other machines can reach the server."""
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _GRACE, _LATEST = 2, 5  # seconds for answers that are under way when the server is told to stop, and for its end
 _BACKLOG = 128  # so many connections are accepted at a time, before any of them can be ended for another
 
@@ -165,10 +168,20 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
         server = Server(config, partial(_end, scratch), _LATEST)
         # Pages that are still open when it stops are cut off, which is no error.
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+        _return_memory()
         ready(f"http://{host}:{listener.getsockname()[1]}/")
         server.run(sockets=[listener])
     if server.interrupted:  # taking the interpreter apart would take seconds, for nothing
         _end(scratch)
+
+
+def _return_memory() -> None:
+    """Have memory come back that requests took: glibc would keep some 64 MB for each thread that decoded a picture,
+    and the garbage collector would wait until as much is new as a quarter of all that was loaded at the start."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 17)
+    gc.collect()
+    gc.freeze()
 
 
 def _end(scratch: str) -> None:
