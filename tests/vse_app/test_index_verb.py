@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from index import tuning
+from index.gallery import Gallery
 from training.data.text import WordTokenizer
 from training.models.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from training.models.dual_encoder import DualEncoder
@@ -95,6 +96,60 @@ def test_remove_by_file_folder_condition_and_absence(program: Program, photos: l
     assert program.index("remove", "--missing")["removed"] == 1
     assert program.index("remove", tmp_path / "photos")["items"] == 0
     assert program.index("info")["items"] == 0
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "status"), [(0, 1, 2), (1, 1, 0), (1, 0, 0)], ids=["all refused", "one refused", "none refused"]
+)
+def test_the_status_says_whether_all_was_in_vain(
+    program: Program, photos: list[Path], tmp_path: Path, good: int, bad: int, status: int
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    report = program.index("add", *photos[:good], *[tmp_path / "broken.png"][:bad])
+    assert program.status == status
+    assert (report["unchanged"], len(report["refused"]), report["items"]) == (good, bad, 8)
+
+
+def test_a_folder_of_films_alone_makes_no_gallery(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.MP4").touch()
+    program = Program(capsys, tmp_path / "g")
+    assert program.text("index", tmp_path / "g", "add", tmp_path / "films", "--model", model) == ""
+    assert program.status == 2
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.parametrize("action", [("add", "photos"), ("tune", "--queries", "queries.txt", "-k", "5")])
+def test_dry_runs_do_not_wait_for_who_writes(program: Program, tmp_path: Path, action: tuple[str, ...]) -> None:
+    (tmp_path / "queries.txt").write_text("red disc\n" * 60)
+    arguments = [tmp_path / word if (tmp_path / word).exists() else word for word in action]
+    with Gallery.open(program.gallery, writable=True):
+        program.text("index", program.gallery, *arguments)
+        assert program.status == 2  # another writer
+        assert program.index(*arguments, "--dry-run")
+        assert program.status == 0
+
+
+def test_what_is_moved_changed_or_forced_is_told(program: Program, photos: list[Path], tmp_path: Path) -> None:
+    photos[0].rename(photos[0].with_name("moved.png"))
+    Image.new("RGB", (9, 9)).save(photos[1])
+    said = program.text("index", program.gallery, "add", tmp_path / "photos")
+    assert said == f"{program.gallery}: 0 added, 1 updated, 1 moved, 0 reworded, 6 unchanged, 0 refused; 8 pictures\n"
+    assert program.index("add", tmp_path / "photos", "--force")["unchanged"] == 8
+
+
+def test_what_a_table_of_facts_lacks_is_told(program: Program, photos: list[Path], tmp_path: Path) -> None:
+    table = tmp_path / "facts.jsonl"
+    table.write_text(
+        '{"image": "photos/a/0.png", "n": NaN}\n{"image": "typo.png"}\n{"image": "photos/a/1.png", "n": 1}\n'
+    )
+    report = program.index("add", tmp_path / "photos", "--facts", table)
+    unused, bad = report["left_out"]
+    assert unused.startswith(f"facts of 1 that are not among these pictures, as {tmp_path / 'typo.png'}")
+    assert bad.startswith(f"{table}: line 1: metadata is not JSON")
+    assert (report["reworded"], report["unchanged"], program.status) == (1, 7, 0)
 
 
 def test_facts_can_be_searched(program: Program, photos: list[Path], tmp_path: Path) -> None:
