@@ -1,4 +1,4 @@
-"""The audit on a small trained model: what it records, that it resumes, and what it refuses."""
+"""The audit on a small model: what it records, that it resumes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from audited import draw, train
+from audited import draw, solve
 
 from training.data.corpus import Corpus
 from training.data.formats import load_corpus
@@ -23,9 +23,9 @@ from training.robustness import audit as audit_module
 from training.robustness import corruptions
 from training.robustness.audit import Audit, AuditConfig
 from training.robustness.balls import Ball
-from training.robustness.curves import AttackSettings, attack_curve, smallest_epsilon
+from training.robustness.curves import AttackSettings, Curve, attack_curve, smallest_epsilon
 from training.robustness.norms import LINF, FourierLInf
-from training.robustness.spectrum import radial_frequency, radial_mean
+from training.robustness.spectrum import radial_frequency, radial_mean, radial_spectrum
 from vse_app.audit_report import format_report
 
 SMALL = AuditConfig(
@@ -37,7 +37,7 @@ SMALL = AuditConfig(
 def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("audited")
     data = draw(folder / "pictures")
-    return train(data, folder / "run"), data
+    return solve(data, folder / "run"), data
 
 
 @pytest.fixture
@@ -151,8 +151,9 @@ def test_what_changed_nothing_is_not_taken_for_robustness(
 
 def test_certified_never_exceeds_attacked(record: dict[str, Any]) -> None:
     for of in record["certificates"].values():
-        assert of["table"][0]["certified"] == of["table"][0]["attacked"] > 0
-        assert all(row["certified"] <= row["attacked"] for row in of["table"])
+        assert of["table"][0]["certified"] == pytest.approx(of["table"][0]["attacked"], abs=1e-9)
+        assert of["table"][0]["certified"] > 0
+        assert all(row["certified"] <= row["attacked"] + 1e-9 for row in of["table"])
         assert any(row["certified"] > 0 for row in of["table"][1:])
         assert any(row["attacked"] < of["table"][0]["attacked"] for row in of["table"])
         assert (of["tried"], of["flips"]) == (10_200, 0)
@@ -184,7 +185,7 @@ def test_flips_show_what_was_found(record: dict[str, Any], corpus: Corpus) -> No
 
 
 def test_spectrum_is_that_of_the_perturbations(
-    record: dict[str, Any], model: DualEncoder, corpus: Corpus, tmp_path: Path
+    record: dict[str, Any], model: DualEncoder, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = record["threats"]["query-image"]["spectrum"]
     amplitude = np.asarray(found["amplitude"])
@@ -198,11 +199,19 @@ def test_spectrum_is_that_of_the_perturbations(
     norm = audit.settings.norm
     assert isinstance(norm, FourierLInf)
     limits = radial_mean(norm.shares(radial_frequency(16, 16))).mean.numpy()
+    curves: list[Curve] = []
+
+    def keeping(*args: Any) -> Curve:
+        curves.append(attack_curve(*args))
+        return curves[-1]
+
+    monkeypatch.setattr(audit_module, "attack_curve", keeping)
     part = audit._picture("query-image", list(range(8)), 0)
-    for (radius, mean), epsilon in zip(part["spectra"], (0.0, *SMALL.epsilons), strict=True):
+    images = audit._fetch(list(range(8)))
+    for (radius, mean), points, epsilon in zip(part["spectra"], curves[0].points, curves[0].epsilons, strict=True):
         assert radius == found["radius"]
+        np.testing.assert_allclose(mean, radial_spectrum(points - images).mean, rtol=1e-6)
         assert (np.asarray(mean) <= epsilon * limits + 1e-6).all()
-        assert (np.asarray(mean) >= 0.9 * epsilon * limits).all()
 
 
 @pytest.mark.usefixtures("no_certificates")
@@ -247,19 +256,20 @@ def test_another_audit_in_the_folder_is_refused(model: DualEncoder, corpus: Corp
         Audit(model, corpus, SMALL, tmp_path)
 
 
-def test_strong_does_at_least_as_much_and_curves_fall(model: DualEncoder, corpus: Corpus, tmp_path: Path) -> None:
+def test_strong_breaks_more_and_curves_fall(model: DualEncoder, corpus: Corpus, tmp_path: Path) -> None:
     audit = Audit(model, corpus, SMALL, tmp_path)
-    rows = list(range(8))
+    rows = list(range(0, 24, 3))
     images = audit._fetch(rows)
     threat = audit.threat("query-image", rows, images)
     weak = AttackSettings(steps=1, method="pgd")
     strong = replace(weak, method="apgd", steps=4, strong=True)
-    left = [
-        (attack_curve(threat, images, (1 / 255, 6 / 255), settings).ranks[..., 0] == 0).sum(1)
+    weak_left, strong_left = (
+        (attack_curve(threat, images, (2 / 255, 3 / 255), settings).ranks[..., 0] == 0).sum(1)
         for settings in (weak, strong)
-    ]
-    assert (left[1] <= left[0]).all()
-    assert left[1][-1] < left[0][-1]
+    )
+    assert (np.diff(weak_left) <= 0).all()
+    assert (np.diff(strong_left) <= 0).all()
+    assert strong_left.sum() <= weak_left.sum() - 4  # far from equal: the strong attack's random part may differ
 
 
 def test_warm_starts_never_lose_what_a_smaller_ball_gave(model: DualEncoder, corpus: Corpus, tmp_path: Path) -> None:
