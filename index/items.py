@@ -220,6 +220,10 @@ class ItemFile:
         for key, path, *state in self._rows(f"SELECT id, path, size, mtime_ns FROM items {wanted}", given):
             yield key, _absolute(path, self._gallery), *state
 
+    def paths(self) -> Iterator[tuple[int, str]]:
+        """Id and path of every item, in order of path, which the index of paths serves."""
+        return self._rows("SELECT id, path FROM items ORDER BY path", [])
+
     def check(self) -> None:
         """Read everything once.
 

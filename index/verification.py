@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -105,22 +107,27 @@ def _nonsense(directory: Path, state: Manifest, part: Part) -> Iterator[str]:
 
 def _disagreement(directory: Path, state: Manifest) -> Iterator[str]:
     """Parts that do not fit together: ids or paths of two segments, or an index of other items."""
-    seen: set[str] = set()
     try:
         with closing(Snapshot.open(directory, state)) as snapshot:
-            for segment in snapshot.segments:
-                alive = set(segment.ids[segment.alive].tolist())
-                for key, path, *_ in segment.items.facts():
-                    if key in alive:
-                        if path in seen:
-                            yield f"{segment.items.path}: {path!r} is there twice; remove it and add it again"
-                        seen.add(path)
+            # Each segment's in order of path, so that memory does not grow with the gallery.
+            ordered = (_live_paths(segment) for segment in snapshot.segments)
+            for (path, _), (next_path, where) in pairwise(heapq.merge(*ordered)):
+                if path == next_path:
+                    yield f"{where}: {path!r} is there twice; remove it and add it again"
             if state.index:
                 read_curve(directory, state.index)
                 if INDEX in state.index.files:
                     load_index(snapshot, state.index)
     except GalleryError as error:
         yield str(error)
+
+
+def _live_paths(segment: Segment) -> Iterator[tuple[str, str]]:
+    """Paths of the items that are not removed, ascending, and the file that holds them."""
+    gone = set(segment.ids[~segment.alive].tolist())
+    for key, path in segment.items.paths():
+        if key not in gone:
+            yield path, str(segment.items.path)
 
 
 def _is_current(directory: Path, state: Manifest) -> bool:

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_tools import cook, files_of, furnish, item, outcome, refused, vectors
+from gallery_tools import cook, create, files_of, furnish, item, outcome, refused, vectors
 
-from index import searcher
+from index import changes, searcher
 from index.filters import Condition
 from index.gallery import Gallery
 from index.verification import verify
@@ -301,3 +301,14 @@ def test_not_every_error_of_sqlite_is_damage(code: int, words: str, whole: Path)
         with refused(f"items.sqlite: disk I/O error; {words}"):
             list(gallery.items())
         table._db = real
+
+
+def test_a_path_that_two_segments_have_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with create(tmp_path / "g") as gallery:
+        gallery.add([item("b"), item("a"), item("gone"), item("é")], vectors(1, 4))
+        gallery.remove(["gone"])
+        assert not verify(gallery.directory).problems
+        monkeypatch.setattr(changes, "removed", lambda snapshot, ids, state: state)
+        gallery.add([item("c"), item("gone"), item("b")], vectors(2, 3))
+        (problem,) = verify(gallery.directory).problems
+    assert problem.endswith("items.sqlite: 'b' is there twice; remove it and add it again")
