@@ -8,6 +8,8 @@ from typing import Any
 
 MOST_A_MINUTE = 20
 """Records of one place in the code; the others are counted."""
+LONGEST = 1000
+"""Characters of a line; errors quote what was sent to them."""
 
 
 class PlainLines(logging.Formatter):
@@ -45,7 +47,9 @@ class Bounded(logging.Filter):
 
 
 def escaped(text: str) -> str:
-    """Text of one line, which leaves a terminal as it is."""
+    """Text of one line, which leaves a terminal as it is, and is cut off where it is too long."""
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]} … ({len(text):,} characters)"
     return "".join(of if of.isprintable() else ascii(of)[1:-1] for of in text)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vse_app import server_log
-from vse_app.server_log import MOST_A_MINUTE, Bounded, PlainLines, escaped
+from vse_app.server_log import LONGEST, MOST_A_MINUTE, Bounded, PlainLines, escaped
 
 
 def logger() -> tuple[logging.Logger, io.StringIO]:
@@ -65,3 +65,13 @@ def test_all_loggers_write_this_way(capsys: pytest.CaptureFixture[str], monkeypa
     root.handlers[0].setStream(sys.stderr)  # type: ignore[attr-defined]
     logging.getLogger("any.library").warning("\x1b[31m")
     assert capsys.readouterr().err.endswith("any.library: \\x1b[31m\n")
+
+
+def test_what_errors_quote_is_cut_off() -> None:
+    try:
+        raise ValueError("x" * 5_000_000 + "\n" + "y" * 5_000_000)
+    except ValueError:
+        record = logging.LogRecord("a", logging.ERROR, "a.py", 1, "z" * 5_000_000, None, sys.exc_info())
+    written = PlainLines().format(record)
+    assert max(map(len, written.split("\n"))) < LONGEST + 100
+    assert len(written) < 10 * LONGEST
