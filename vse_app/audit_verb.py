@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vse_app.terminal import path
+
 EPSILONS = ["0.5/255", "1/255", "2/255", "4/255", "8/255"]
 
 
@@ -43,9 +45,9 @@ def add_parser(verbs: Any) -> None:
     verb.add_argument("--quick", action="store_true", help="fewer of everything: minutes rather than a quarter hour")
     verb.add_argument("--characters", type=int, default=2, help="character edits of a caption (default: 2)")
     verb.add_argument("--words", type=int, default=0, help="word edits of a caption (default: 0)")
-    verb.add_argument("--synonyms", type=Path, metavar="FILE", help="lines of 'word: other, another', for word edits")
+    verb.add_argument("--synonyms", type=path, metavar="FILE", help="lines of 'word: other, another', for word edits")
     verb.add_argument("--seed", type=int, default=0, help="decides the subset and everything random")
-    verb.add_argument("--out", type=Path, help="folder for the report (default: RUN/audit)")
+    verb.add_argument("--out", type=path, help="folder for the report (default: RUN/audit)")
     verb.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     verb.set_defaults(run=run)
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vse_app.terminal import path
+
 
 def add_parser(verbs: Any) -> None:
     """Add the verb to the program's subparsers."""
@@ -15,7 +17,7 @@ def add_parser(verbs: Any) -> None:
         description="Trains linear models on generated data in many ways, and compares how far each is from the most "
         "robust one there is. Tables, JSON and figures go to a folder.",
     )
-    verb.add_argument("--out", type=Path, default=Path("bias"), help="folder for everything (default: bias)")
+    verb.add_argument("--out", type=path, default=Path("bias"), help="folder for everything (default: bias)")
     verb.add_argument("--quick", action="store_true", help="fewer data sets and steps: under a minute")
     verb.add_argument("--seeds", type=int, default=None, help="data sets per ratio (default: 3)")
     verb.add_argument("--no-plot", action="store_true", help="do without matplotlib")

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vse_app.terminal import path
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,7 +26,7 @@ def add_parser(verbs: Any) -> None:
     )
     verb.add_argument("model", metavar="RUN", help="run directory or hub name; with a linear image head")
     verb.add_argument("--data", required=True, help="KIND:PATH")
-    verb.add_argument("--out", type=Path, required=True, help="folder for the new run")
+    verb.add_argument("--out", type=path, required=True, help="folder for the new run")
     verb.add_argument(
         "--head-optimizer",
         default="gradient",

@@ -76,6 +76,7 @@ class SearchService:
     Args:
         directory: The gallery.
         latency: Where to count; None counts in an object of its own.
+        model: Where the gallery's model is now, if it was moved.
         bfloat16: See :class:`~vse_app.search_engine.SearchEngine`.
 
     Raises:
@@ -83,11 +84,18 @@ class SearchService:
         InputError: If its model cannot be loaded.
     """
 
-    def __init__(self, directory: Path, latency: Latency | None = None, *, bfloat16: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        latency: Latency | None = None,
+        *,
+        model: Path | None = None,
+        bfloat16: bool = False,
+    ) -> None:
         self.directory = directory
         self.uploads = directory / UPLOADS
         self.latency = latency or Latency()
-        self._engine = SearchEngine.open(directory, bfloat16=bfloat16)
+        self._engine = SearchEngine.open(directory, model=model, bfloat16=bfloat16)
         try:
             self._engine.model.eval()  # loaded now rather than by the first search
         except BaseException:

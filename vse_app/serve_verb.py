@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
+
+from vse_app.terminal import path
 
 PASSWORD = "VSE_PASSWORD"
 
@@ -18,16 +19,17 @@ def add_parser(verbs: Any) -> None:
         description=f"Search, look and attack in a browser. The environment variable {PASSWORD}=USER:PASSWORD asks "
         "everybody for a password; set it before you let other machines in with --host 0.0.0.0.",
     )
-    verb.add_argument("gallery", type=Path)
+    verb.add_argument("gallery", type=path)
     verb.add_argument(
         "--run",
+        "--model",
         dest="model",
-        type=Path,
+        type=path,
         default=None,
         metavar="RUN",
-        help="run directory of the model (default: the gallery's)",
+        help="where the gallery's model is now, if it was moved",
     )
-    verb.add_argument("--audit", type=Path, default=None, help="folder that vse audit wrote (default: RUN/audit)")
+    verb.add_argument("--audit", type=path, default=None, help="folder that vse audit wrote (default: RUN/audit)")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     verb.add_argument(
         "--allow-host",

@@ -45,7 +45,7 @@ class Serving:
 
     Attributes:
         gallery: Directory of the gallery.
-        run: Run directory of the model, for the model tab; None takes the gallery's model.
+        run: Where the gallery's model is now; None takes the place that the gallery names.
         audit: Folder that ``vse audit`` wrote; None takes the run's, if there is one.
         host: Address to listen on.
         port: 0 takes a free one.
@@ -148,7 +148,7 @@ def serve(serving: Serving, ready: Callable[[str], None] = print) -> None:
     with (
         _listen(serving.host, serving.port) as listener,
         scratch_folder() as scratch,
-        SearchService(serving.gallery, bfloat16=serving.bfloat16) as service,
+        SearchService(serving.gallery, model=serving.run, bfloat16=serving.bfloat16) as service,
     ):
         if not serving.read_only:
             service.tidy()

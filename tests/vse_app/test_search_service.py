@@ -302,3 +302,11 @@ def test_what_is_cancelled_is_left_out(service: SearchService) -> None:
     held.go.set()
     assert second.result(WAIT)
     assert held.done.result(WAIT) is None
+
+
+def test_a_moved_model_is_served_from_where_it_is_now(place: Place, tmp_path: Path) -> None:
+    place.model.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="--model"):
+        SearchService(place.gallery)
+    with SearchService(place.gallery, model=tmp_path / "moved") as service:
+        assert len(service.search(Query(text="red disc"))) == 10
