@@ -160,7 +160,7 @@ def test_model_tab(page: Page) -> None:
     expect(page.get_by_role("heading", name="How well it finds")).to_be_visible()
     tables = page.locator("table.vse-table").filter(has=page.get_by_text("picture → caption"))
     expect(tables.first).to_contain_text("test")
-    expect(page.locator(".vse-trust")).to_contain_text("13")
+    expect(page.locator(".vse-trust")).to_contain_text("14")
 
 
 def test_the_search_as_a_call_works(page: Page, served: Served) -> None:
