@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Condition
+from contextlib import contextmanager, suppress
+from threading import Condition, current_thread, get_native_id, main_thread
 
 from vse_app.limits import Busy
 
@@ -43,12 +45,21 @@ class Turns:
                 self._running += 1
             finally:
                 self._waiting -= 1
+        give_way()
         try:
             yield
         finally:
             with self._changed:
                 self._running -= 1
                 self._changed.notify()
+
+
+def give_way() -> None:
+    """Let other threads go first, the one that searches above all; a thread that has given way does so for good."""
+    # Elsewhere than on Linux priorities are a process's.
+    if sys.platform == "linux" and current_thread() is not main_thread():
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)
 
 
 decoding = Turns(AT_ONCE, WAITING, PATIENCE)

@@ -31,9 +31,9 @@ SECURITY_HEADERS = {
 }
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _PAGE, _UPLOAD = "/gradio_api/", "/gradio_api/upload"
-_MOST_CALL, _MOST_NESTED = 1_000_000, 64
+_MOST_CALL, _MOST_NESTED = 200_000, 64
 """Bytes of a call to the page or a tool, which carries no file, and levels of its JSON."""
-_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.S)
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.S)
 
 
 class Guards:
@@ -177,7 +177,9 @@ class Guards:
         return min(self.max_body, _MOST_CALL) if self._is_call(scope) else self.max_body
 
     def _too_large(self, scope: Scope) -> JSONResponse:
-        return _refuse(413, f"the request is too large; send at most {self._most(scope) / 1e6:.0f} MB")
+        most = self._most(scope)
+        size = f"{most / 1e6:.0f} MB" if most >= 1e6 else f"{most / 1e3:.0f} kB"
+        return _refuse(413, f"the request is too large; send at most {size}")
 
 
 class _Refused(Exception):

@@ -18,6 +18,7 @@ from training.robustness.balls import Ball
 from training.robustness.curves import AttackSettings, attack, attack_curve
 from training.robustness.norms import L1, L2, LINF, parse_norm
 from vse_app.attack_case import AttackRequest, AttackTarget, Case, build_case
+from vse_app.decoding import give_way
 
 SHOWN = 10
 _CURVE_STEPS = 8  # a defended picture costs twice as many, at each radius
@@ -128,6 +129,7 @@ def run(
         news.put(progress)
 
     def work() -> None:
+        give_way()
         try:
             news.put(_attack(target, image, request, own, report))
         except BaseException as error:

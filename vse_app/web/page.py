@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+os.environ.setdefault("MPLBACKEND", "agg")  # or Gradio, asking which it is, would load pyplot within somebody's call
 
 import gradio as gr
 from fastapi import FastAPI
@@ -21,7 +22,7 @@ from vse_app.queries import Options, Query, condition_lines, parse_conditions
 from vse_app.search_engine import SearchEngine
 from vse_app.uploads import MAX_BYTES
 from vse_app.web.model_tab import model_tab
-from vse_app.web.page_guards import GuardedBlocks, OpenRoutes
+from vse_app.web.page_guards import GuardedBlocks, OpenRoutes, SessionBlocks
 from vse_app.web.robustness_tab import RobustnessTab
 from vse_app.web.scratch import UPLOADS_KEPT, install
 from vse_app.web.search_tab import SearchTab
@@ -58,6 +59,7 @@ def mount_page(app: FastAPI, api: Api, serving: Serving) -> None:
         enable_monitoring=False,
         mcp_server=find_spec("mcp") is not None,
     )
+    page.state_holder.blocks = SessionBlocks(page.default_config)
     # Mounted, the page would take every path that the API has with another method, or a slash more.
     mount = app.router.routes.pop()
     app.router.default = OpenRoutes(mount.app)  # type: ignore[attr-defined]

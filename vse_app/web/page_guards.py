@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
@@ -24,6 +25,8 @@ _ROUTES = re.compile(
     r"|/gradio_api/(info/?|openapi\.json|theme\.css|startup-events|cancel|reset/?"
     r"|(run|call|heartbeat)/.+|queue/(join|data)|file=.+|mcp(/.*)?)"
 )
+_SESSIONS = 500
+"""Open pages whose fields are remembered; each keeps what was last sent to it."""
 _log = logging.getLogger(__name__)
 
 
@@ -54,6 +57,7 @@ class GuardedBlocks(gr.Blocks):  # type: ignore[misc]
     def __init__(self, line: Callable[[Exception], str], **arguments: Any) -> None:
         super().__init__(**arguments)
         self._line = line
+        self.state_session_capacity = _SESSIONS
         self.has_launched = True  # or Gradio would not check which files it copies; nobody launches what is mounted
 
     async def process_api(self, block_fn: Any, inputs: list[Any], *arguments: Any, **named: Any) -> Any:
@@ -69,6 +73,18 @@ class GuardedBlocks(gr.Blocks):  # type: ignore[misc]
         except Exception as error:
             _log.exception("a call to the page failed: %s", type(error).__name__)
             raise _Line("this call cannot be answered; open the page anew") from error
+
+
+@dataclass(frozen=True)
+class SessionBlocks:
+    """What Gradio needs of the page for a new session.
+
+    With the page itself it would describe every field anew for each session, for deep links, which are closed here:
+    that takes the time of several searches.
+    """
+
+    default_config: Any
+    blocks: Mapping[int, Any] = field(default_factory=dict)
 
 
 class _Line(gr.Error):  # type: ignore[misc]
