@@ -441,7 +441,7 @@ def test_calls_that_nest_too_deeply_are_refused(text: str) -> None:
     assert "too deeply" in refused(client.post("/gradio_api/mcp/", content=text), 400)
 
 
-@pytest.mark.parametrize("text", ['["' + "[" * 190_000 + '"]', "[]" * 90_000, '"' + '\\"' * 400_000, "[" * 64])
+@pytest.mark.parametrize("text", ['["' + "[" * 190_000 + '"]', "[]" * 90_000, '"' + '\\"' * 90_000, "[" * 64])
 def test_calls_may_hold_any_text(text: str) -> None:
     client, _ = guarded(max_body=10_000_000)
     assert client.post("/gradio_api/queue/join", content=text).status_code == 404  # nobody is there
