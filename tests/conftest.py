@@ -34,6 +34,12 @@ def shared_models() -> Path:
     return _shared("models")
 
 
+@pytest.fixture(scope="session")
+def odd_inputs() -> Path:
+    """An archive of small files that other programs failed on."""
+    return _shared("faults", "inputs.tar.gz")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Where the shared folder is present, a skipped test is a failed run."""
