@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -410,12 +410,14 @@ def test_one_picture_of_full_size_is_held_at_a_time(
         paint(folder / f"{n}.bmp", n)
     monkeypatch.setattr(indexing, "BATCH", 16)
     alive: list[int] = []
+    seen: list[weakref.ref[Image.Image]] = []
     read = indexing.read_picture
 
     def counted(path: Path) -> images.Picture:
-        gc.collect()
-        alive.append(sum(isinstance(of, Image.Image) and of.size == (24, 20) for of in gc.get_objects()))
-        return read(path)
+        alive.append(sum(one() is not None for one in seen))
+        picture = read(path)
+        seen.append(weakref.ref(picture.image))
+        return picture
 
     monkeypatch.setattr(indexing, "read_picture", counted)
     assert engine.add([folder]).added == 43
