@@ -9,42 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from program import Ended, Vse
 
 from vse_app.cli import main
 
 SMALL = ["--model.dim=8", "--model.image.size=16", "--model.text.word-dim=8", "--model.text.min-count=1"]
 SMALL += ["--optim.epochs=1"]
 FEATURES = [*SMALL, "--model.image.encoder=precomputed", "--optim.batch-size=4"]
-
-
-class Ended(NamedTuple):
-    status: object
-    out: str
-    err: str
-
-
-Vse = Callable[..., Ended]
-
-
-@pytest.fixture
-def vse(capsys: pytest.CaptureFixture[str]) -> Vse:
-    """Runs the program in this process."""
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        status: object = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            status = ended.code
-        return Ended(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

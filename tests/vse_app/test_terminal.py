@@ -9,41 +9,18 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from program import Ended, Vse
 from served import Place, encoded, pixels
 
 from index.errors import GalleryError
 from training.errors import InputError, printable
 from vse_app import search_verb
 from vse_app.cli import main
-
-
-class Ended(NamedTuple):
-    status: object
-    out: str
-    err: str
-
-
-Vse = Callable[..., Ended]
-
-
-@pytest.fixture
-def vse(capsys: pytest.CaptureFixture[str]) -> Vse:
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        status: object = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            status = ended.code
-        return Ended(status, *capsys.readouterr())
-
-    return run
 
 
 def refused(ended: Ended, *told: str) -> None:
